@@ -1,0 +1,52 @@
+# `make` or `make test` on a bare machine is enough: the environment is built first, and again when pyproject.toml changes.
+#
+#   TORCH   what pip installs as torch, before everything else, e.g. TORCH="torch>=2.8" on macOS or Windows
+#   PYTHON  the interpreter that .venv is made with, 3.11 to 3.13
+#
+# For a CPU wheel of torch on Linux, point pip at one: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make venv
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
+PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE) $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := test
+.PHONY: venv test test-all nightly lint format demo demo-quick
+
+venv: $(STAMP)
+
+# torch goes first and is then pinned to what came, so that no dependency can pull another build of it.
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install "$(TORCH)"
+	$(BIN)/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" > .venv/constraints.txt
+	$(BIN)/python -m pip install --constraint .venv/constraints.txt --editable ".[dev]"
+	touch $(STAMP)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test: lint
+	$(PYTEST)
+
+test-all: lint
+	$(PYTEST) -m "(slow or not slow) and not gpu and not network and not nightly"
+
+nightly: venv
+	HYPOTHESIS_PROFILE=nightly $(PYTEST) -m nightly
+
+demo: venv
+	$(BIN)/python examples/demo.py
+
+demo-quick: venv
+	$(BIN)/python examples/demo.py --quick

@@ -1,0 +1,1 @@
+"""Look at a model before training: activation capture, clip search, sensitivity."""

@@ -1,0 +1,1 @@
+"""Perplexity with a protocol id, divergence from the teacher."""

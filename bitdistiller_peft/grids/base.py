@@ -1,0 +1,93 @@
+"""What a code stands for: the two families of grids that a quantizer can place on a group of weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+
+@dataclass(frozen=True)
+class Grid:
+    """A finite set of codes and what they mean. Subclasses say how a code becomes a real value.
+
+    Attributes:
+        name: the name under which the grid is registered and stored, e.g. ``"int"``.
+        bits: bits that one stored code takes.
+    """
+
+    name: str
+    bits: int
+
+    @property
+    def num_levels(self) -> int:
+        """Number of codes in use; codes are ``0 .. num_levels - 1``."""
+        return 1 << self.bits
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether every group stores its own integer zero point."""
+        return False
+
+    @property
+    def has_negative_scale(self) -> bool:
+        """Whether negative weights have a scale of their own."""
+        return False
+
+
+@dataclass(frozen=True)
+class AffineGrid(Grid):
+    """Evenly spaced levels: ``weight = scale * (code - zero_point)``.
+
+    Attributes:
+        is_symmetric: the zero point is ``2**(bits - 1)`` for every group instead of one per group.
+    """
+
+    is_symmetric: bool = False
+
+    @property
+    def max_code(self) -> int:
+        """Largest code, inclusive."""
+        return self.num_levels - 1
+
+    @property
+    def fixed_zero_point(self) -> int | None:
+        """The zero point shared by all groups, or `None` where each group has its own."""
+        return 1 << (self.bits - 1) if self.is_symmetric else None
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether every group stores its own integer zero point."""
+        return not self.is_symmetric
+
+
+@dataclass(frozen=True)
+class CodebookGrid(Grid):
+    """Levels at will, in units of the scale: ``weight = scale * levels[code]``, one scale per sign unless symmetric.
+
+    Attributes:
+        levels: strictly increasing values, zero among them.
+        is_symmetric: positive and negative weights share one scale.
+    """
+
+    levels: tuple[float, ...] = ()
+    is_symmetric: bool = False
+
+    @property
+    def num_levels(self) -> int:
+        """Number of codes in use; codes are ``0 .. num_levels - 1``."""
+        return len(self.levels)
+
+    @property
+    def has_negative_scale(self) -> bool:
+        """Whether negative weights have a scale of their own."""
+        return not self.is_symmetric
+
+    @cached_property
+    def zero_code(self) -> int:
+        """The code whose level is zero."""
+        return self.levels.index(0.0)
+
+    @cached_property
+    def midpoints(self) -> tuple[float, ...]:
+        """The values half-way between neighbouring levels, where the nearest level changes."""
+        return tuple((low + high) / 2 for low, high in zip(self.levels, self.levels[1:], strict=False))

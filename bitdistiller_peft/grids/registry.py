@@ -1,0 +1,79 @@
+"""From a name and a width to a grid. The set is open: `register_grid` takes one more factory.
+
+A factory maps `bits` to a `Grid` and raises `ConfigError` for widths it does not know. A new codebook needs nothing
+else; a new family (neither affine nor a codebook) also needs a quantizer, see `quantizers.registry`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import partial
+
+from bitdistiller_peft.errors import ConfigError, UnknownNameError
+from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid
+from bitdistiller_peft.grids.normal_float import normal_float_levels
+
+GridFactory = Callable[[int], Grid]
+
+_FACTORIES: dict[str, GridFactory] = {}
+
+
+def register_grid(name: str, factory: GridFactory) -> None:
+    """Add a grid under a new name.
+
+    Args:
+        name: the name users write in `BitDistillerConfig(grid=...)` and that checkpoints store.
+        factory: maps `bits` to the grid, or raises `ConfigError`.
+
+    Raises:
+        ConfigError: the name is taken.
+    """
+    if name in _FACTORIES:
+        raise ConfigError(f"`name` must be new: got name={name!r}. Registered grids: {grid_names()}.")
+    _FACTORIES[name] = factory
+
+
+def grid_names() -> list[str]:
+    """List the registered names, sorted."""
+    return sorted(_FACTORIES)
+
+
+def get_grid(name: str, bits: int) -> Grid:
+    """Look up a grid.
+
+    Args:
+        name: a registered name, e.g. ``"int"`` or ``"nf"``.
+        bits: code width.
+
+    Raises:
+        UnknownNameError: no grid has this name.
+        ConfigError: the grid has no such width.
+    """
+    if name not in _FACTORIES:
+        raise UnknownNameError("grid", name, _FACTORIES)
+    if not isinstance(bits, int) or isinstance(bits, bool):
+        raise ConfigError(f"`bits` must be an integer: got bits={bits!r}. Use bits=2, 3 or 4.")
+    return _FACTORIES[name](bits)
+
+
+def _check_bits(name: str, bits: int, allowed: Collection[int]) -> None:
+    if bits not in allowed:
+        raise ConfigError(
+            f"`bits` must be one of {sorted(allowed)} for grid={name!r}: got bits={bits}. "
+            f"Use bits={min(allowed)} for the smallest file."
+        )
+
+
+def _affine(bits: int, *, name: str, is_symmetric: bool) -> Grid:
+    _check_bits(name, bits, (2, 3, 4, 8))
+    return AffineGrid(name, bits, is_symmetric=is_symmetric)
+
+
+def _normal_float(bits: int, *, name: str, is_symmetric: bool) -> Grid:
+    _check_bits(name, bits, (2, 3, 4))
+    return CodebookGrid(name, bits, levels=normal_float_levels(bits), is_symmetric=is_symmetric)
+
+
+for _suffix, _symmetric in (("", False), ("_sym", True)):
+    register_grid(f"int{_suffix}", partial(_affine, name=f"int{_suffix}", is_symmetric=_symmetric))
+    register_grid(f"nf{_suffix}", partial(_normal_float, name=f"nf{_suffix}", is_symmetric=_symmetric))

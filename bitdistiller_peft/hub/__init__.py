@@ -1,0 +1,19 @@
+"""The transformers socket: quantization config, quantizer, saving, loading and verifying."""
+
+from bitdistiller_peft.hub.config import FORMAT_VERSION, QUANT_METHOD, BitDistillerQuantConfig
+from bitdistiller_peft.hub.manifest import MANIFEST_NAME, verify_files, write_manifest
+from bitdistiller_peft.hub.quantizer import BitDistillerHfQuantizer
+from bitdistiller_peft.hub.summary import QuantSummary, print_quant_summary, quant_summary
+
+__all__ = [
+    "FORMAT_VERSION",
+    "MANIFEST_NAME",
+    "QUANT_METHOD",
+    "BitDistillerHfQuantizer",
+    "BitDistillerQuantConfig",
+    "QuantSummary",
+    "print_quant_summary",
+    "quant_summary",
+    "verify_files",
+    "write_manifest",
+]

@@ -1,0 +1,59 @@
+"""The model card that goes with a saved model: what it is, and how to load it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from bitdistiller_peft.hub.config import BitDistillerQuantConfig
+from bitdistiller_peft.hub.summary import QuantSummary
+
+_TEMPLATE = """---
+library_name: transformers
+{base_model}tags:
+- bitdistiller
+- quantized
+---
+
+# {title}
+
+{what} {bits_per_weight:.2f} bits per weight over the whole file, embeddings and scales counted.
+
+{summary}
+
+## How to load
+
+```
+pip install bitdistiller_peft
+```
+
+```python
+import bitdistiller_peft  # needed: it teaches transformers this format
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{location}")
+```
+
+Without that import, `from_pretrained` fails on purpose. `bitdistiller.json` holds checksums of the weights; loading
+verifies them.
+"""
+
+
+def write_card(folder: Path, config: BitDistillerQuantConfig, summary: QuantSummary, location: str) -> None:
+    """Write README.md unless the folder has one."""
+    target = folder / "README.md"
+    if target.exists():
+        return
+    base_model = str(config.provenance.get("base_model") or "")
+    is_hub_id = base_model.count("/") == 1 and not base_model.startswith((".", "/"))
+    packed = "Packed low-bit weights." if config.state == "packed" else "Latent weights: not yet the quantized model."
+    target.write_text(
+        _TEMPLATE.format(
+            base_model=f"base_model: {base_model}\nbase_model_relation: quantized\n" if is_hub_id else "",
+            title=Path(location).name,
+            what=packed,
+            bits_per_weight=summary.bits_per_weight,
+            summary=summary.to_markdown(),
+            location=location,
+        ),
+        encoding="utf-8",
+    )

@@ -1,0 +1,159 @@
+"""The transformers socket: an `HfQuantizer` for packed and latent models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import ConversionOps, PrefixChange
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import HfQuantizer
+
+from bitdistiller_peft.errors import BitDistillerError, add_location
+from bitdistiller_peft.hub.checkpoint import check_files, check_headers, check_values
+from bitdistiller_peft.hub.config import BitDistillerQuantConfig
+from bitdistiller_peft.hub.convert import convert_skeleton, convertible, resolve_skips
+from bitdistiller_peft.hub.modules import expert_parameters, is_experts, weight_shape
+from bitdistiller_peft.hub.save import attach_save
+from bitdistiller_peft.layers import SUFFIXES, attach_learned_params, companion, packed_tensors, quant_specs
+from bitdistiller_peft.quantizers import find_params, quantize
+
+
+class BitDistillerHfQuantizer(HfQuantizer):
+    """Builds the quantized skeleton, fills it from a quantized or a full-precision checkpoint, and checks it."""
+
+    requires_calibration = False
+    quantization_config: BitDistillerQuantConfig
+    serialized_names: dict[str, list[str]] = {  # noqa: RUF012  (transformers' own form)
+        "weight": ["weight", *(f"weight{suffix}" for suffix in SUFFIXES)]
+    }
+
+    def __init__(self, quantization_config: BitDistillerQuantConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.in_features: dict[str, int] = {}
+        self.transposed: set[str] = set()
+
+    @property
+    def is_trainable(self) -> bool:
+        """LoRA trains on packed models; latent ones train themselves."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Only latent models have weights of their own to train."""
+        return self.quantization_config.state == "latent"
+
+    def is_serializable(self) -> bool:
+        """Both states save as safetensors."""
+        return True
+
+    def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
+        """Whether a full-precision tensor of the checkpoint is quantized, or given learned parameters, on its way."""
+        module_name, _, name = param_name.rpartition(".")
+        return not self.pre_quantized and name in quant_specs(model.get_submodule(module_name))
+
+    def get_quantize_ops(self) -> ConversionOps:
+        """The operation for `param_needs_quantization`."""
+        return QuantizeOnLoad(self)
+
+    def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
+        config = self.quantization_config
+        files = kwargs.get("checkpoint_files")
+        if self.pre_quantized:
+            check_files(files, config.verify)  # type: ignore[arg-type]
+        else:
+            config.modules_to_not_convert = resolve_skips(model, config.modules_to_not_convert)
+        widths: dict[str, int] = {}
+        for name, module in convertible(model):
+            parameters = expert_parameters(module) if is_experts(module) else ("weight",)
+            for parameter in parameters:
+                is_3d = getattr(module, parameter).ndim == 3
+                widths[f"{name}.{parameter}"] = (
+                    getattr(module, parameter).shape[-1] if is_3d else weight_shape(module)[1]
+                )
+            if isinstance(module, Conv1D):
+                self.transposed.add(f"{name}.weight")
+        converted = set(convert_skeleton(model, config))
+        if config.state == "packed":
+            self.in_features = {key: n for key, n in widths.items() if key.rpartition(".")[0] in converted}
+        if self.pre_quantized:
+            check_headers(model, files, self.in_features)
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        check_values(model, self.in_features)
+        for full_name in self.in_features:
+            module_name, _, name = full_name.rpartition(".")
+            for suffix in ("", *SUFFIXES):
+                tensor = companion(model.get_submodule(module_name), name, suffix)
+                if tensor is not None:
+                    tensor.requires_grad_(False)  # the loader makes every floating tensor trainable
+        attach_save(model)
+        return model
+
+
+class QuantizeOnLoad(ConversionOps):
+    """Quantize a full-precision tensor while it is loaded: to codes, or to a master weight with learned parameters."""
+
+    def __init__(self, hf_quantizer: BitDistillerHfQuantizer) -> None:
+        self.hf_quantizer = hf_quantizer
+
+    def convert(
+        self, input_dict: dict[str, Tensor | list[Tensor]], model: nn.Module | None = None, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """Return the tensors that the module stores, by full name.
+
+        Raises:
+            WeightError, ScaleRangeError: the tensor cannot be quantized; it is named.
+        """
+        results: dict[str, Tensor] = {}
+        for full_name, value in input_dict.items():
+            weight = value[0] if isinstance(value, list) else value
+            if model is None:
+                raise TypeError("the model is needed to look up how a tensor is quantized")
+            try:
+                results |= self._convert_one(model, full_name, weight)
+            except BitDistillerError as error:
+                raise add_location(error, f"tensor {full_name!r}") from None
+        return results
+
+    def _convert_one(self, model: nn.Module, full_name: str, weight: Tensor) -> dict[str, Tensor]:
+        module_name, _, name = full_name.rpartition(".")
+        spec = quant_specs(model.get_submodule(module_name))[name]
+        if full_name in self.hf_quantizer.transposed:
+            weight = weight.T.contiguous()
+        if self.hf_quantizer.quantization_config.state == "packed":
+            params = find_params(weight, spec)
+            tensors = packed_tensors(quantize(weight, params, spec), params, spec)
+            return {full_name + suffix: nn.Parameter(t, requires_grad=False) for suffix, t in tensors.items()}
+        holder = nn.Module()
+        holder.register_parameter(name, nn.Parameter(weight))
+        config = self.hf_quantizer.quantization_config
+        attach_learned_params(
+            holder, name, spec, learn_scale=config.learn_scale, learn_zero_point=config.learn_zero_point
+        )
+        return {f"{module_name}.{key}": tensor for key, tensor in holder.state_dict(keep_vars=True).items()}
+
+
+def as_quantized(model: nn.Module, config: BitDistillerQuantConfig, in_features: dict[str, int]) -> None:
+    """Give a model whose layers were packed in memory everything that a loaded one has, so that it saves itself.
+
+    Args:
+        model: a transformers model with packed layers.
+        config: what its config.json will say.
+        in_features: input width of every packed parameter, by full name.
+    """
+    quantizer = BitDistillerHfQuantizer(config, pre_quantized=True)
+    quantizer.in_features = dict(in_features)
+    model.config.quantization_config = config  # type: ignore[union-attr]
+    model.config._is_quantized = True  # type: ignore[union-attr]
+    model.hf_quantizer = quantizer
+    model.is_quantized = True  # type: ignore[assignment]
+    model.quantization_method = config.quant_method  # type: ignore[assignment]
+    conversions = getattr(model, "_weight_conversions", None)
+    if conversions is None:  # built from a config, not loaded: what transformers itself would use for saving
+        mapping = get_model_conversion_mapping(model, add_legacy=False)
+        conversions = [entry for entry in mapping if not isinstance(entry, PrefixChange)]
+    # without converters of their own, the scales of fused experts would stay fused while the codes are split
+    model._weight_conversions = quantizer.update_weight_conversions(list(conversions), model)
+    attach_save(model)

@@ -1,0 +1,34 @@
+"""HOW a weight becomes codes and comes back: grouping, parameters, rounding, gradients. Formula and reference."""
+
+from bitdistiller_peft.quantizers.base import Gradients, Quantizer
+from bitdistiller_peft.quantizers.functional import (
+    dequantize,
+    fake_quantize,
+    find_params,
+    quantize,
+    store_learned_params,
+)
+from bitdistiller_peft.quantizers.grouping import GroupSize, check_group_size, num_groups, to_groups
+from bitdistiller_peft.quantizers.registry import get_quantizer, register_quantizer
+from bitdistiller_peft.quantizers.rounding import check_scale
+from bitdistiller_peft.quantizers.spec import SCALE_DTYPES, QuantParams, QuantSpec
+
+__all__ = [
+    "SCALE_DTYPES",
+    "Gradients",
+    "GroupSize",
+    "QuantParams",
+    "QuantSpec",
+    "Quantizer",
+    "check_group_size",
+    "check_scale",
+    "dequantize",
+    "fake_quantize",
+    "find_params",
+    "get_quantizer",
+    "num_groups",
+    "quantize",
+    "register_quantizer",
+    "store_learned_params",
+    "to_groups",
+]

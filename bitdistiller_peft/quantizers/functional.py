@@ -1,0 +1,176 @@
+"""The verbs on whole weights: find parameters, quantize, dequantize, and fake-quantize with gradients.
+
+`fake_quantize(w)` is `dequantize(quantize(w))`, by the same functions that pack a model: the two cannot drift apart.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitdistiller_peft.errors import WeightError
+from bitdistiller_peft.quantizers.grouping import to_groups
+from bitdistiller_peft.quantizers.registry import get_quantizer
+from bitdistiller_peft.quantizers.rounding import round_scale_nearest
+from bitdistiller_peft.quantizers.spec import QuantParams, QuantSpec
+
+
+def find_params(weight: Tensor, spec: QuantSpec) -> QuantParams:
+    """Compute min-max parameters of a weight and refuse what cannot be stored.
+
+    Args:
+        weight: ``[..., out, in]``, floating point.
+        spec: how to quantize.
+
+    Returns:
+        Parameters in their storage dtypes, shape `spec.param_shape(weight.shape)`.
+
+    Raises:
+        WeightError: the weight is not floating point, or holds NaN or Inf.
+        ScaleRangeError: a scale overflows or is subnormal in `spec.scale_dtype`.
+        GroupSizeError: the group size does not divide ``in``.
+    """
+    _check_weight(weight)
+    quantizer = get_quantizer(spec.grid)
+    params = quantizer.find_params(to_groups(weight.detach().float(), spec.group_size), spec)
+    quantizer.check(params)
+    return params
+
+
+def store_learned_params(
+    scale: Tensor, zero_point: Tensor | None, scale_negative: Tensor | None, spec: QuantSpec
+) -> QuantParams:
+    """Round trained (fp32) parameters to what is stored: scales to nearest, zero points to integer codes."""
+    if zero_point is not None and zero_point.is_floating_point():
+        top = (1 << spec.grid.bits) - 1
+        low, high = spec.zero_point_range or (0, top)
+        zero_point = zero_point.detach().round().clamp(low, high).to(torch.uint8)
+    return QuantParams(
+        round_scale_nearest(scale, spec.scale_dtype),
+        zero_point,
+        None if scale_negative is None else round_scale_nearest(scale_negative, spec.scale_dtype),
+    )
+
+
+def quantize(weight: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """Round a weight to codes.
+
+    Args:
+        weight: ``[..., out, in]``, finite.
+        params: from `find_params` or `store_learned_params`.
+        spec: how to quantize.
+
+    Returns:
+        uint8 codes, shape of `weight`.
+
+    Raises:
+        WeightError: the weight is not floating point, or holds NaN or Inf.
+    """
+    _check_weight(weight)
+    if not bool(torch.isfinite(weight).all()):
+        raise WeightError("the weight must be finite: got NaN or Inf in it. Load an undamaged checkpoint.")
+    groups = to_groups(weight.detach().float(), spec.group_size)
+    return get_quantizer(spec.grid).quantize(groups, params, spec).to(torch.uint8).reshape(weight.shape)
+
+
+def dequantize(codes: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    """Return the fp32 weight that codes stand for, shape of `codes` ``[..., out, in]``."""
+    groups = to_groups(codes, spec.group_size)
+    return get_quantizer(spec.grid).dequantize(groups, params, spec).reshape(codes.shape)
+
+
+def fake_quantize(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    scale_negative: Tensor | None = None,
+) -> Tensor:
+    """Round a weight to the values that its codes can hold; the student's view of it.
+
+    Without `scale`, the parameters are the weight's own min-max, recomputed on every call (BitDistiller). With it,
+    they are the given trained (or fixed) ones.
+
+    Args:
+        weight: master weight ``[..., out, in]``, any floating dtype.
+        spec: how to quantize.
+        scale: learned scale, fp32, ``spec.param_shape(weight.shape)``.
+        zero_point: learned (floating) or fixed (uint8) zero point, same shape, where the grid has one.
+        scale_negative: learned scale of negative weights, same shape, where the grid has one.
+
+    Returns:
+        fp32 values, shape of `weight`; equal to `dequantize(quantize(weight))` bit for bit. Differentiable with
+        respect to the weight and the learned tensors; clamped weights get no gradient.
+
+    Source:
+        The gradient through min and max is the closed form of BitDistiller's autograd graph; the learned one is LSQ
+        (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576).
+    """
+    values: Tensor = _FakeQuantize.apply(weight, scale, zero_point, scale_negative, spec)  # type: ignore[no-untyped-call]
+    return values
+
+
+def _check_weight(weight: Tensor) -> None:
+    if not weight.is_floating_point():
+        raise WeightError(
+            f"the weight must be floating point: got dtype={weight.dtype}. Dequantize the model first, or load it "
+            "in float32, bfloat16 or float16."
+        )
+    if weight.is_meta:
+        raise WeightError("the weight must be in memory: got a meta tensor. Load the model without offloading.")
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Saves only the weight and the parameters; everything else is recomputed in the backward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        weight: Tensor,
+        scale: Tensor | None,
+        zero_point: Tensor | None,
+        scale_negative: Tensor | None,
+        spec: QuantSpec,
+    ) -> Tensor:
+        ctx.save_for_backward(weight, scale, zero_point, scale_negative)
+        ctx.spec = spec
+        groups = to_groups(weight.detach().float(), spec.group_size)
+        params = _params(groups, scale, zero_point, scale_negative, spec)
+        quantizer = get_quantizer(spec.grid)
+        return quantizer.dequantize(quantizer.quantize(groups, params, spec), params, spec).reshape(weight.shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        weight, scale, zero_point, scale_negative = ctx.saved_tensors
+        spec: QuantSpec = ctx.spec
+        quantizer = get_quantizer(spec.grid)
+        groups = to_groups(weight.detach().float(), spec.group_size)
+        params = _params(groups, scale, zero_point, scale_negative, spec)
+        grads = quantizer.gradients(to_groups(grad.float(), spec.group_size), groups, params, spec)
+        if scale is None and spec.gradient == "exact":
+            quantizer.add_range_gradient(grads, groups, params, spec)
+        return (
+            grads.weight.reshape(weight.shape).to(weight.dtype),
+            _like(grads.scale, scale),
+            _like(grads.zero_point, zero_point),
+            _like(grads.scale_negative, scale_negative),
+            None,
+        )
+
+
+def _params(
+    groups: Tensor, scale: Tensor | None, zero_point: Tensor | None, scale_negative: Tensor | None, spec: QuantSpec
+) -> QuantParams:
+    if scale is None:
+        return get_quantizer(spec.grid).find_params(groups, spec)
+    return store_learned_params(scale, zero_point, scale_negative, spec)
+
+
+def _like(grad: Tensor | None, param: Tensor | None) -> Tensor | None:
+    if grad is None or param is None or not param.is_floating_point():
+        return None
+    return grad.reshape(param.shape).to(param.dtype)

@@ -1,0 +1,125 @@
+"""The complete description of how one weight is quantized, and the tensors that go with it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.grids import AffineGrid, Grid, get_grid
+from bitdistiller_peft.quantizers.grouping import GroupSize, check_group_size, num_groups
+
+SCALE_DTYPES: dict[str, torch.dtype] = {
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "float32": torch.float32,
+}
+GRADIENTS = ("exact", "ste")
+
+
+class QuantParams(NamedTuple):
+    """What a group stores beside its codes. Shapes are ``[..., out, groups]`` (``[..., 1, 1]`` for ``"tensor"``).
+
+    Attributes:
+        scale: in the spec's `scale_dtype`; for codebook grids the scale of the positive weights.
+        zero_point: integer codes as uint8, where the grid has one per group.
+        scale_negative: scale of the negative weights, where the grid has one.
+    """
+
+    scale: Tensor
+    zero_point: Tensor | None = None
+    scale_negative: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class QuantSpec:
+    """How one weight is quantized; everything that changes the result is here.
+
+    Attributes:
+        grid: what the codes stand for.
+        group_size: weights per scale along the input axis, ``-1`` for one group per output row, ``"tensor"`` for one
+            group per matrix.
+        scale_dtype: dtype the scales are stored in.
+        zero_point_range: optional bounds (inclusive) of the zero points of an asymmetric affine grid.
+        gradient: ``"exact"`` also follows the path through each group's minimum and maximum; ``"ste"`` does not.
+    """
+
+    grid: Grid
+    group_size: GroupSize
+    scale_dtype: torch.dtype = torch.float16
+    zero_point_range: tuple[int, int] | None = None
+    gradient: Literal["exact", "ste"] = "exact"
+
+    @classmethod
+    def create(
+        cls,
+        grid: str,
+        bits: int,
+        *,
+        group_size: GroupSize = 128,
+        scale_dtype: str = "float16",
+        zero_point_range: tuple[int, int] | list[int] | None = None,
+        gradient: str = "exact",
+    ) -> QuantSpec:
+        """Build a spec from plain values, as they stand in configs and checkpoints.
+
+        Raises:
+            ConfigError: a value outside its rule; the message names it and values that work.
+        """
+        resolved = get_grid(grid, bits)
+        check_group_size(group_size)
+        if not isinstance(scale_dtype, str) or scale_dtype not in SCALE_DTYPES:
+            raise ConfigError(
+                f"`scale_dtype` must be one of {list(SCALE_DTYPES)}: got scale_dtype={scale_dtype!r}. "
+                "Use 'float16', or 'float32' for weights far from 1."
+            )
+        if gradient not in GRADIENTS:
+            raise ConfigError(f"`gradient` must be one of {list(GRADIENTS)}: got gradient={gradient!r}. Use 'exact'.")
+        bounds = _check_zero_point_range(resolved, zero_point_range)
+        return cls(resolved, group_size, SCALE_DTYPES[scale_dtype], bounds, "exact" if gradient == "exact" else "ste")
+
+    @property
+    def scale_dtype_name(self) -> str:
+        """The scale dtype as configs write it, e.g. ``"float16"``."""
+        return str(self.scale_dtype).removeprefix("torch.")
+
+    def param_shape(self, weight_shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of scale, zero point and negative scale for a weight ``[..., out, in]``.
+
+        Raises:
+            GroupSizeError: the group size does not divide the input width.
+        """
+        *batch, out_features, in_features = weight_shape
+        if self.group_size == "tensor":
+            return (*batch, 1, 1)
+        return (*batch, out_features, num_groups(in_features, self.group_size))
+
+    def to_dict(self) -> dict[str, object]:
+        """The plain values that `create` takes."""
+        return {
+            "grid": self.grid.name,
+            "bits": self.grid.bits,
+            "group_size": self.group_size,
+            "scale_dtype": self.scale_dtype_name,
+            "zero_point_range": list(self.zero_point_range) if self.zero_point_range else None,
+        }
+
+
+def _check_zero_point_range(grid: Grid, bounds: tuple[int, int] | list[int] | None) -> tuple[int, int] | None:
+    if bounds is None:
+        return None
+    if not isinstance(grid, AffineGrid) or not grid.has_zero_point:
+        raise ConfigError(
+            f"`zero_point_range` must be None for a grid without zero points: got zero_point_range={bounds!r}, "
+            f"grid={grid.name!r}. Use grid='int'."
+        )
+    is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(type(b) is int for b in bounds)
+    if not is_pair or not 0 <= bounds[0] <= bounds[1] <= grid.max_code:
+        raise ConfigError(
+            f"`zero_point_range` must be two integers (low, high) within 0..{grid.max_code}: got "
+            f"zero_point_range={bounds!r}. Use (1, 2) at 2 bits for llama.cpp formats, or None."
+        )
+    return (bounds[0], bounds[1])

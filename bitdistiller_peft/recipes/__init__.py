@@ -1,0 +1,1 @@
+"""The named systems and presets, as plain data."""

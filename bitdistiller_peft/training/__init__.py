@@ -1,0 +1,1 @@
+"""DistillConfig, DistillTrainer, teachers, teacher data, checkpoints."""

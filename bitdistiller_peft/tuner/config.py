@@ -1,0 +1,163 @@
+"""`BitDistillerConfig`: what a user says about the student."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from bitdistiller_peft.errors import ConfigError, UnknownNameError
+from bitdistiller_peft.quantizers import QuantSpec
+
+TRAIN_OTHER = ("none", "norms", "all")
+OVERRIDE_KEYS = ("bits", "grid", "group_size", "scale_dtype", "zero_point_range")
+
+
+@dataclass
+class BitDistillerConfig(PeftConfig):
+    """Configuration of a quantization-aware student.
+
+    Args:
+        bits: code width: 2, 3 or 4; also 8 for the integer grids.
+        group_size: weights per scale along the input axis; `-1` for one scale per output row, `"tensor"` for one per
+            matrix. It must divide the input width of every targeted layer.
+        grid: `"int"` (asymmetric integers), `"int_sym"`, `"nf"` (NormalFloat with a scale for each sign, AFPQ) or
+            `"nf_sym"`; more can be registered with `register_grid`.
+        scale_dtype: dtype the scales are stored in: `"float16"`, `"bfloat16"` or `"float32"`.
+        zero_point_range: bounds `(low, high)` of the zero points of grid `"int"`; `(1, 2)` at 2 bits makes llama.cpp's
+            2-bit formats hold the model exactly.
+        gradient: `"exact"` lets gradients also flow through each group's minimum and maximum where the scale is
+            recomputed from them; `"ste"` does not.
+        learn_scale: train the scales (LSQ) instead of recomputing them from the weights on every forward.
+        learn_zero_point: train the zero points too; needs `learn_scale` and grid `"int"`.
+        train_other: what else is trained, as copies that `disable_adapter()` undoes: `"none"`, `"norms"`, or `"all"`
+            (norms, embeddings and output head).
+        overrides: other settings for some layers, by a pattern that must match the end of the module name, e.g.
+            `{"down_proj": {"bits": 4}}`; the first match counts.
+        target_modules: module names (or a regex) to quantize, or `"all-linear"`: every linear layer and fused expert
+            module, without the output head and routers.
+        exclude_modules: module names (or a regex) to leave alone.
+        modules_to_save: further modules to train and save whole, as in PEFT.
+        layers_to_transform: indices of the layers to quantize; the others stay as they are.
+        layers_pattern: name of the layer list, if it is not one of the common ones.
+
+    Raises:
+        ConfigError: a value that cannot work; the message says what would.
+    """
+
+    bits: int = field(default=2, metadata={"help": "Code width: 2, 3, 4, or 8 for the integer grids."})
+    group_size: int | str = field(
+        default=128, metadata={"help": "Weights per scale; -1 for one per output row, 'tensor' for one per matrix."}
+    )
+    grid: str = field(default="int", metadata={"help": "What codes stand for: 'int', 'int_sym', 'nf', 'nf_sym'."})
+    scale_dtype: str = field(
+        default="float16", metadata={"help": "Storage dtype of scales: 'float16', 'bfloat16', 'float32'."}
+    )
+    zero_point_range: list[int] | None = field(
+        default=None, metadata={"help": "Bounds (low, high) of the zero points of grid 'int'."}
+    )
+    gradient: str = field(
+        default="exact", metadata={"help": "'exact' follows the path through min and max, 'ste' does not."}
+    )
+    learn_scale: bool = field(default=True, metadata={"help": "Train the scales instead of recomputing them."})
+    learn_zero_point: bool = field(default=False, metadata={"help": "Train the zero points too (grid 'int')."})
+    train_other: str = field(
+        default="none", metadata={"help": "Also train copies of: 'none', 'norms', 'all' (norms, embeddings, head)."}
+    )
+    overrides: dict[str, dict[str, Any]] = field(
+        default_factory=dict, metadata={"help": "Settings for some layers, by the end of the module name."}
+    )
+    target_modules: list[str] | str | None = field(
+        default="all-linear", metadata={"help": "Names or regex of the modules to quantize, or 'all-linear'."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regex of modules to leave alone."}
+    )
+    target_parameters: list[str] | None = field(
+        default=None, metadata={"help": "Not used: fused experts are targeted as modules."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules to train and save whole beside the quantized ones."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to quantize."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the layer list, e.g. 'layers'."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check every value now, so that nothing is refused half-way through a model."""
+        super().__post_init__()
+        self.peft_type = PeftType("BITDISTILLER")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
+        if isinstance(self.zero_point_range, tuple):
+            self.zero_point_range = list(self.zero_point_range)
+        self._check_choices()
+        self.spec()
+        for pattern, override in self.overrides.items():
+            _check_pattern(pattern)
+            self._spec_with(pattern, override)
+
+    def _check_choices(self) -> None:
+        if self.target_parameters:
+            raise ConfigError(
+                f"`target_parameters` must be None: got target_parameters={self.target_parameters!r}. "
+                "Name the experts module in `target_modules` instead."
+            )
+        if self.train_other not in TRAIN_OTHER:
+            raise UnknownNameError("train_other", self.train_other, TRAIN_OTHER)
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ConfigError(
+                f"`layers_to_transform` must be set when `layers_pattern` is: got layers_pattern="
+                f"{self.layers_pattern!r}. Pass the layer indices."
+            )
+        if not isinstance(self.overrides, dict) or not all(isinstance(v, dict) for v in self.overrides.values()):
+            raise ConfigError(f"`overrides` must map a name to a dict: got overrides={self.overrides!r}.")
+        if self.learn_zero_point and not self.learn_scale:
+            raise ConfigError(
+                "`learn_zero_point` must come with `learn_scale`: got learn_zero_point=True, learn_scale=False. "
+                "Set learn_scale=True."
+            )
+        if self.learn_zero_point and not self.spec().grid.has_zero_point:
+            raise ConfigError(
+                f"`learn_zero_point` must be False for a grid without zero points: got grid={self.grid!r}. "
+                "Use grid='int' or learn_zero_point=False."
+            )
+
+    def spec(self, module_name: str | None = None) -> QuantSpec:
+        """How the weight of a module is quantized.
+
+        Args:
+            module_name: dotted name; `None` for the settings without overrides.
+
+        Raises:
+            ConfigError: a value outside its rule, or an unknown key in `overrides`.
+        """
+        for pattern, override in self.overrides.items():
+            if module_name is not None and re.search(rf"(^|\.)(?:{pattern})$", module_name):
+                return self._spec_with(pattern, override)
+        return self._spec_with("", {})
+
+    def _spec_with(self, pattern: str, override: dict[str, Any]) -> QuantSpec:
+        unknown = sorted(set(override) - set(OVERRIDE_KEYS))
+        if unknown:
+            raise UnknownNameError(f"overrides[{pattern!r}]", unknown[0], OVERRIDE_KEYS)
+        values = {key: getattr(self, key) for key in OVERRIDE_KEYS} | override
+        return QuantSpec.create(values.pop("grid"), values.pop("bits"), gradient=self.gradient, **values)
+
+
+def _check_pattern(pattern: object) -> None:
+    if not isinstance(pattern, str):
+        raise ConfigError(f"`overrides` must have text keys: got {pattern!r}. Use the end of a module name.")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ConfigError(
+            f"`overrides` must have regular expressions as keys: got {pattern!r} ({error}). Use e.g. 'down_proj'."
+        ) from None

@@ -1,0 +1,197 @@
+"""The overlay: a frozen base layer, and beside it one trainable fake-quantized weight per adapter.
+
+`disable_adapter()` therefore is the full-precision teacher, exactly. The base layer may be a linear layer, a `Conv1D`
+(GPT-2; its weight is stored transposed) or fused experts (several 3-D parameters).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from bitdistiller_peft.errors import ConfigError, StateError, WeightError
+from bitdistiller_peft.hub.modules import expert_parameters, is_experts
+from bitdistiller_peft.kernels import compute_dtype
+from bitdistiller_peft.layers import FakeQuantWeight, forward_with
+from bitdistiller_peft.quantizers import QuantSpec
+
+PREFIX = "bitdistiller_"
+
+
+class BitDistillerLayer(nn.Module, BaseTunerLayer):
+    """What both overlays share. Each quantized parameter ``p`` has a `ModuleDict` ``bitdistiller_p`` keyed by adapter.
+
+    Args:
+        base_layer: the layer to stand for; its parameters stay as they are.
+        parameter_names: its parameters to quantize, e.g. ``("weight",)``.
+    """
+
+    def __init__(self, base_layer: nn.Module, parameter_names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.parameter_names = parameter_names
+        self.merged_adapters: list[str] = []
+        self._disable_adapters = False
+        self._before_merge: dict[str, Tensor] = {}
+        for name in parameter_names:
+            setattr(self, PREFIX + name, nn.ModuleDict())
+        self.adapter_layer_names = tuple(PREFIX + name for name in parameter_names)
+
+    def base_weight(self, name: str) -> Tensor:
+        """The full-precision weight ``[..., out, in]`` (a view, transposed for `Conv1D`)."""
+        weight: Tensor = getattr(self.base_layer, name).detach()
+        return weight.T if isinstance(self.base_layer, Conv1D) else weight
+
+    def student(self, name: str, adapter_name: str) -> FakeQuantWeight:
+        """The trainable weight of a parameter under an adapter."""
+        module: FakeQuantWeight = getattr(self, PREFIX + name)[adapter_name]
+        return module
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        spec: QuantSpec,
+        *,
+        learn_scale: bool,
+        learn_zero_point: bool,
+        inference_mode: bool = False,
+    ) -> None:
+        """Add an adapter: a copy of the base weights to train, and the learned parameters started from min-max.
+
+        Raises:
+            WeightError: a base weight is offloaded, not floating point, or not finite.
+            GroupSizeError, ScaleRangeError: see `attach_learned_params`.
+        """
+        for name in self.parameter_names:
+            with gather_params_ctx(getattr(self.base_layer, name)):
+                start = self._start_weight(name)
+                student = FakeQuantWeight(start, spec, learn_scale=learn_scale, learn_zero_point=learn_zero_point)
+            getattr(self, PREFIX + name)[adapter_name] = student
+        self.set_adapter(list(self.active_adapters), inference_mode=inference_mode)  # type: ignore[arg-type]
+
+    def _start_weight(self, name: str) -> Tensor:
+        weight = self.base_weight(name)
+        if _allocates_on_meta():  # PEFT's low_cpu_mem_usage: the values come from a checkpoint
+            return torch.empty_like(weight, device="meta")
+        if weight.is_meta:
+            raise WeightError(
+                f"the base weight must be in memory: got {name!r} on the meta device (offloaded or not loaded). "
+                "Load the model without a device_map that offloads."
+            )
+        return weight.clone(memory_format=torch.contiguous_format)
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """Activate one adapter; a second one at the same time has no meaning, since each is a whole weight."""
+        if not isinstance(adapter_names, str) and len(adapter_names) > 1:
+            raise ConfigError(
+                f"`adapter_names` must be one name: got {list(adapter_names)}. Each adapter is a whole weight; "
+                "activate them in turn with set_adapter()."
+            )
+        super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def active_student(self, name: str) -> FakeQuantWeight | None:
+        """The active adapter's weight, or `None` where the base layer speaks for itself."""
+        students: nn.ModuleDict = getattr(self, PREFIX + name)
+        active: list[str] = list(self.active_adapters)  # type: ignore[arg-type]
+        adapters = [a for a in active if a in students]
+        if self.disable_adapters or self.merged or not adapters:
+            return None
+        return self.student(name, adapters[0])
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Write the fake-quantized weights into the base layer.
+
+        Args:
+            safe_merge: refuse to write values that are not finite.
+            adapter_names: at most one name; the active adapter by default.
+
+        Raises:
+            StateError: another adapter is merged already, or several are given.
+            WeightError: `safe_merge`, and NaN or Inf would be written.
+        """
+        known: list[str] = self._all_available_adapter_names()  # type: ignore[operator]
+        adapters = [a for a in check_adapters_to_merge(self, adapter_names) if a in known]
+        if not adapters:
+            return
+        if self.merged or len(adapters) > 1:
+            raise StateError(
+                f"only one adapter can be merged: got {[*self.merged_adapters, *adapters]}. "
+                "Call unmerge_adapter() first."
+            )
+        merged = {name: self.student(name, adapters[0])().detach() for name in self.parameter_names}
+        if safe_merge and not all(bool(torch.isfinite(values).all()) for values in merged.values()):
+            raise WeightError(f"merged weights must be finite: got NaN or Inf in adapter {adapters[0]!r}.")
+        for name, values in merged.items():
+            base = getattr(self.base_layer, name)
+            self._before_merge[name] = base.data
+            base.data = self._as_base(values).to(base.dtype)
+        self.merged_adapters.append(adapters[0])
+
+    def unmerge(self) -> None:
+        """Give the base layer its own weights back, exactly."""
+        for name, values in self._before_merge.items():
+            getattr(self.base_layer, name).data = values
+        self._before_merge.clear()
+        self.merged_adapters.clear()
+
+    def _as_base(self, values: Tensor) -> Tensor:
+        return values.T.contiguous() if isinstance(self.base_layer, Conv1D) else values
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base layer with the active adapter's fake-quantized weights, or as it is if there is none."""
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        students = {name: self.active_student(name) for name in self.parameter_names}
+        if any(student is None for student in students.values()):
+            return self.base_layer(*args, **kwargs)
+        return self._forward_quantized({n: s() for n, s in students.items() if s is not None}, *args, **kwargs)
+
+    def _forward_quantized(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        raise NotImplementedError
+
+
+class BitDistillerLinear(BitDistillerLayer):
+    """Overlay of a linear layer or a `Conv1D`."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer, ("weight",))
+        if isinstance(base_layer, Conv1D):
+            self.in_features, self.out_features = base_layer.weight.shape
+        else:
+            self.out_features, self.in_features = base_layer.out_features, base_layer.in_features
+
+    def _forward_quantized(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        (inputs,) = (*args, *kwargs.values())
+        return F.linear(inputs, weights["weight"].to(compute_dtype(inputs)), self.bias)  # type: ignore[arg-type]
+
+
+class BitDistillerExperts(BitDistillerLayer):
+    """Overlay of fused experts."""
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__(base_layer, expert_parameters(base_layer))
+
+    def _forward_quantized(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+        dtype = compute_dtype(args[0] if args else next(iter(kwargs.values())))
+        dense = {name: values.to(dtype) for name, values in weights.items()}
+        return forward_with(self.base_layer, dense, type(self.base_layer).forward, *args, **kwargs)
+
+
+def overlay(target: nn.Module) -> BitDistillerLayer:
+    """Wrap a base layer; an overlay is returned as it is."""
+    if isinstance(target, BitDistillerLayer):
+        return target
+    return BitDistillerExperts(target) if is_experts(target) else BitDistillerLinear(target)
+
+
+def _allocates_on_meta() -> bool:
+    """Whether new parameters land on the meta device right now (accelerate's `init_empty_weights`)."""
+    probe = nn.Module()
+    probe.register_parameter("probe", nn.Parameter(torch.empty(0)))
+    return bool(probe.probe.is_meta)

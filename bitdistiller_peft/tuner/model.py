@@ -1,0 +1,116 @@
+"""`BitDistillerModel`: injects the overlays, and ends their life as packed or merged weights."""
+
+from __future__ import annotations
+
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import PeftType
+from torch import nn
+
+from bitdistiller_peft.errors import BitDistillerError, TargetError, add_location
+from bitdistiller_peft.tuner.config import BitDistillerConfig
+from bitdistiller_peft.tuner.layer import PREFIX, BitDistillerLayer, overlay
+from bitdistiller_peft.tuner.pack import pack_model
+from bitdistiller_peft.tuner.targets import check_model, check_targets, other_modules, resolve_targets
+
+
+class BitDistillerModel(BaseTuner):
+    """A model whose targeted layers are overlaid by trainable fake-quantized ones.
+
+    Args:
+        model: a transformers model (or any `nn.Module` with linear layers).
+        config: a `BitDistillerConfig`, or several by adapter name.
+        adapter_name: name of the first adapter.
+        low_cpu_mem_usage: create the adapter on the meta device, to be filled from a checkpoint.
+
+    Raises:
+        StateError, TargetError, GroupSizeError, WeightError: the model does not suit; the layer is named.
+    """
+
+    prefix: str = PREFIX
+    tuner_layer_cls = BitDistillerLayer
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (PEFT's own form)
+
+    def _prepare_model(self, peft_config: BitDistillerConfig, model: nn.Module) -> None:
+        check_model(model)
+        resolve_targets(peft_config, model)
+        check_targets(peft_config, model)
+        if peft_config.train_other != "none":
+            others = other_modules(model, peft_config.train_other)
+            peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *others})
+
+    def _check_new_adapter_config(self, config: BitDistillerConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if config.peft_type != PeftType("BITDISTILLER"):
+            raise TargetError(
+                f"all adapters of this model must be of type BITDISTILLER: got {config.peft_type}. Call "
+                "merge_and_unload() or pack_and_unload() first, then add the other adapter."
+            )
+
+    def _create_and_replace(
+        self,
+        peft_config: BitDistillerConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        *,
+        parameter_name: str | None = None,
+    ) -> None:
+        spec = peft_config.spec(current_key)
+        try:
+            layer = overlay(target)
+            layer.update_layer(
+                adapter_name,
+                spec,
+                learn_scale=peft_config.learn_scale,
+                learn_zero_point=peft_config.learn_zero_point and spec.grid.has_zero_point,
+                inference_mode=peft_config.inference_mode,
+            )
+        except BitDistillerError as error:
+            raise add_location(error, f"layer {current_key!r}") from None
+        if layer is not target:
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # PEFT's own version copies the float weight over whatever the new module holds
+        setattr(parent, child_name, new_module)
+        if isinstance(new_module, BitDistillerLayer):
+            device = next(child.parameters()).device
+            for name in new_module.adapter_layer_names:
+                holders = getattr(new_module, name)
+                if not any(p.is_meta for p in holders.parameters()) and device.type != "meta":
+                    holders.to(device)
+
+    def pack_and_unload(self, progressbar: bool = True) -> nn.Module:
+        """Turn the active adapter into packed codes and return the base model that holds them.
+
+        What is packed is bit for bit what the forward pass used. The returned model saves, reloads and generates like
+        any transformers model; this one is used up, as after `merge_and_unload`.
+
+        Args:
+            progressbar: show progress on models that take more than a moment.
+
+        Raises:
+            StateError: the adapter is merged or disabled, or nothing is active.
+            WeightError: a trained weight is not finite, or a scale cannot be stored; the layer is named. The model is
+                then unchanged.
+        """
+        return pack_model(self.model, self.student_layers(), progressbar=progressbar)
+
+    def merge_and_unload(
+        self, progressbar: bool = False, safe_merge: bool = False, adapter_names: list[str] | None = None
+    ) -> nn.Module:
+        """Write the fake-quantized values into the base layers as floats and return the plain model (PEFT's meaning).
+
+        Args:
+            progressbar: show progress.
+            safe_merge: refuse to write values that are not finite.
+            adapter_names: at most one name; the active adapter by default.
+        """
+        merged: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
+        return merged
+
+    def student_layers(self) -> list[tuple[str, BitDistillerLayer]]:
+        """The overlaid layers, by their name in the base model, in order."""
+        return [(name, m) for name, m in self.model.named_modules() if isinstance(m, BitDistillerLayer)]

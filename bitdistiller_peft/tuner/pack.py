@@ -1,0 +1,152 @@
+"""From a trained student to a packed model. All codes are made before the first layer is replaced."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from bitdistiller_peft.errors import BitDistillerError, StateError, add_location
+from bitdistiller_peft.hub.config import BitDistillerQuantConfig
+from bitdistiller_peft.hub.convert import convertible
+from bitdistiller_peft.hub.quantizer import as_quantized
+from bitdistiller_peft.layers import (
+    PackedLinear,
+    packed_tensors,
+    quant_specs,
+    quantized,
+    register_packed,
+    to_packed_experts,
+)
+from bitdistiller_peft.quantizers import QuantSpec
+from bitdistiller_peft.tuner.layer import BitDistillerLayer, BitDistillerLinear
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """One packed parameter, ready to be put in place."""
+
+    layer_name: str
+    parameter: str
+    spec: QuantSpec
+    in_features: int
+    tensors: dict[str, Tensor]
+
+
+def pack_model(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]], *, progressbar: bool) -> nn.Module:
+    """Replace overlays by packed layers and make the model save and load as such.
+
+    Args:
+        model: the base model that holds the overlays.
+        layers: the overlays, by name.
+        progressbar: show progress.
+
+    Returns:
+        `model`.
+
+    Raises:
+        StateError: the student is not in force in every layer.
+        WeightError, ScaleRangeError: a trained tensor cannot be packed; the layer is named, the model unchanged.
+    """
+    _check_in_force(layers)
+    packed = [
+        _pack_parameter(name, layer, parameter)
+        for name, layer in tqdm(layers, desc="Packing", disable=not progressbar, unit="layer")
+        for parameter in layer.parameter_names
+    ]
+    base_model = _base_model_name(model)
+    for entry in packed:
+        _put_in_place(model, entry)
+    _unwrap_saved_modules(model)
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    model.requires_grad_(False) if not packed else _freeze(model)
+    if isinstance(model, PreTrainedModel):
+        widths = {f"{entry.layer_name}.{entry.parameter}": entry.in_features for entry in packed}
+        as_quantized(model, _quant_config(model, packed, base_model), widths)
+    return model
+
+
+def _check_in_force(layers: list[tuple[str, BitDistillerLayer]]) -> None:
+    if not layers:
+        raise StateError("the model must hold trained layers: got none. It was packed, merged or unloaded before.")
+    for name, layer in layers:
+        if layer.merged:
+            raise StateError(f"the adapter must not be merged: layer {name!r} is. Call unmerge_adapter() first.")
+        if layer.disable_adapters:
+            raise StateError(f"the adapter must be enabled: layer {name!r} is not. Leave disable_adapter() first.")
+        if any(layer.active_student(parameter) is None for parameter in layer.parameter_names):
+            raise StateError(
+                f"the active adapter must cover every layer: layer {name!r} lacks {layer.active_adapters}. "
+                "Choose another one with set_adapter()."
+            )
+
+
+@torch.no_grad()
+def _pack_parameter(name: str, layer: BitDistillerLayer, parameter: str) -> _Packed:
+    student = layer.active_student(parameter)
+    if student is None:
+        raise StateError(f"the active adapter must cover layer {name!r}.")
+    try:
+        codes, params = quantized(student, "weight")
+    except BitDistillerError as error:
+        raise add_location(error, f"layer {name!r}") from None
+    spec = quant_specs(student)["weight"]
+    return _Packed(name, parameter, spec, codes.shape[-1], packed_tensors(codes, params, spec))
+
+
+def _put_in_place(model: nn.Module, entry: _Packed) -> None:
+    layer = model.get_submodule(entry.layer_name)
+    if isinstance(layer, BitDistillerLinear):
+        new = PackedLinear(layer.in_features, layer.out_features, spec=entry.spec, device="meta")
+        register_packed(new, "weight", entry.spec, entry.tensors)
+        new.register_parameter("bias", layer.bias)  # the very parameter, frozen or not  # type: ignore[arg-type]
+        new.train(layer.training)
+        model.set_submodule(entry.layer_name, new)
+        return
+    experts = layer.base_layer if isinstance(layer, BitDistillerLayer) else layer
+    to_packed_experts(experts, entry.parameter, entry.spec, entry.tensors, entry.in_features)
+    model.set_submodule(entry.layer_name, experts)
+
+
+def _unwrap_saved_modules(model: nn.Module) -> None:
+    """Put trained copies (`modules_to_save`) where their originals were."""
+    wrappers = [(n, m) for n, m in model.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    for name, wrapper in wrappers:
+        trained: Any = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        model.set_submodule(name, trained)
+
+
+def _freeze(model: nn.Module) -> None:
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+
+def _base_model_name(model: nn.Module) -> str | None:
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    names = [config.base_model_name_or_path for config in configs.values()]
+    return next((name for name in names if name), None)
+
+
+def _quant_config(model: nn.Module, packed: list[_Packed], base_model: str | None) -> BitDistillerQuantConfig:
+    """The config that describes exactly these layers: the commonest spec, and overrides for the rest."""
+    by_layer = {entry.layer_name: entry.spec for entry in packed}
+    specs = list(by_layer.values())
+    common = max(dict.fromkeys(specs), key=specs.count)
+    values: dict[str, Any] = common.to_dict()
+    return BitDistillerQuantConfig(
+        **values,
+        state="packed",
+        modules_to_not_convert=sorted(name for name, module in convertible(model) if not quant_specs(module)),
+        overrides={
+            name: {key: value for key, value in spec.to_dict().items() if value != values[key]}
+            for name, spec in by_layer.items()
+            if spec != common
+        },
+        provenance={"base_model": base_model},
+    )
