@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bitdistiller_peft._plug import plug_in
+from bitdistiller_peft._version import library_version
 
 if TYPE_CHECKING:
     from bitdistiller_peft.grids import register_grid as register_grid
@@ -36,9 +37,7 @@ __all__ = sorted([*_HOMES, "__version__"])
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("bitdistiller_peft")
+        return library_version()
     if name in _HOMES:
         return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

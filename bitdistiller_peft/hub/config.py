@@ -7,11 +7,11 @@ what code runs.
 from __future__ import annotations
 
 import copy
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from bitdistiller_peft._version import library_version
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
 from bitdistiller_peft.quantizers import QuantSpec
 
@@ -22,14 +22,6 @@ PACKINGS = ("bitstream",)
 SPEC_KEYS = ("grid", "bits", "group_size", "scale_dtype", "zero_point_range")
 INSTALL_HINT = "pip install bitdistiller_peft, then `import bitdistiller_peft` before from_pretrained()"
 PROVENANCE_TYPES = (str, int, float, bool, type(None))
-
-
-def library_version() -> str:
-    """The version of this library as installed, or ``"unknown"`` when run from an unpacked source tree."""
-    try:
-        return version("bitdistiller_peft")
-    except PackageNotFoundError:
-        return "unknown"
 
 
 class BitDistillerQuantConfig(QuantizationConfigMixin):

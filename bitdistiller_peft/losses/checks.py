@@ -11,8 +11,9 @@ from bitdistiller_peft.errors import ConfigError, DataError
 from bitdistiller_peft.losses.objective import Objective
 from bitdistiller_peft.losses.projection import Head
 
-_TILE_ELEMENTS = 1 << 24
-"""Logits per tile and side, 64 MiB in fp32."""
+_CPU_TILE_ELEMENTS = 1 << 24
+_TILE_ELEMENTS = 1 << 26
+"""Logits per tile and side: 64 MiB in fp32 on a CPU; 256 MiB where a product needs more rows to be worth its launch."""
 
 
 def as_head(head: Head | Tensor) -> Head:
@@ -120,7 +121,8 @@ def tiles(rows: Tensor, tile_tokens: int | None, vocab: int) -> Iterator[Tensor]
         ConfigError: `tile_tokens` is not a positive integer.
     """
     if tile_tokens is None:
-        tile_tokens = max(1, _TILE_ELEMENTS // max(1, vocab))
+        elements = _CPU_TILE_ELEMENTS if rows.device.type == "cpu" else _TILE_ELEMENTS
+        tile_tokens = max(1, elements // max(1, vocab))
     if not isinstance(tile_tokens, int) or isinstance(tile_tokens, bool) or tile_tokens < 1:
         raise ConfigError(
             f"`tile_tokens` must be a positive integer: got tile_tokens={tile_tokens!r}. Use None or 256."

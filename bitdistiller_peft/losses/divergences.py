@@ -68,12 +68,15 @@ def compare(student_logits: Tensor, teacher_logits: Tensor) -> Comparison:
         )
     dtype = torch.promote_types(torch.promote_types(student_logits.dtype, teacher_logits.dtype), torch.float32)
     student, teacher = student_logits.to(dtype), teacher_logits.to(dtype)
-    student_log_z = torch.logsumexp(student, -1, keepdim=True)
-    teacher_log_z = torch.logsumexp(teacher, -1, keepdim=True)
+    # Each side relative to its largest logit, which drops out of every result and of every gradient.
+    student_top, teacher_top = (side.detach().amax(-1, keepdim=True) for side in (student, teacher))
+    student_rest, teacher_rest = student - student_top, teacher - teacher_top
+    student_log_z, teacher_log_z = (torch.logsumexp(rest, -1, keepdim=True) for rest in (student_rest, teacher_rest))
     # -inf - (-inf) would be NaN. Only that case is masked: equal finite logits must keep their gradient.
     is_padding = torch.isneginf(student) & torch.isneginf(teacher)
-    log_ratio = torch.where(is_padding, 0.0, student - teacher) - (student_log_z - teacher_log_z)
-    return Comparison((student - student_log_z).exp(), (teacher - teacher_log_z).exp(), log_ratio)
+    gap = torch.where(is_padding, 0.0, student - teacher) - (student_top - teacher_top)
+    log_ratio = gap - (student_log_z - teacher_log_z)
+    return Comparison((student_rest - student_log_z).exp(), (teacher_rest - teacher_log_z).exp(), log_ratio)
 
 
 def expected(probs: Tensor, values: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from bitdistiller_peft.losses.checks import as_head, check_side, check_teacher, 
 from bitdistiller_peft.losses.masking import IGNORE_INDEX
 from bitdistiller_peft.losses.objective import Objective
 from bitdistiller_peft.losses.projection import Head, add_weight_gradient, hidden_gradient, project, pull_back
-from bitdistiller_peft.losses.tile import STATISTICS, Tile, score_tile, statistic_names
+from bitdistiller_peft.losses.tile import STATISTICS, Tile, score_tile, statistic_names, strips
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,8 +102,8 @@ def distillation_loss(
         teacher_head: `Head`, or its bare weight `[vocab, teacher_width]`; None with `teacher_hidden`.
         labels: `[tokens]`, already shifted (`shift_labels`): the token that follows this hidden state.
         objective: what to minimize.
-        tile_tokens: tokens per tile; None picks as many as make tiles of 64 MiB of logits. Changes memory and speed
-            only.
+        tile_tokens: tokens per tile; None picks as many as make 64 MiB of logits per side on a CPU, 256 MiB elsewhere.
+            Changes memory and speed only.
         ignore_index: the label of tokens that are no targets.
 
     Returns:
@@ -162,39 +162,43 @@ def _run(student_hidden: Tensor, batch: _Batch, objective: Objective, needs: tup
         for tensor, needed in zip(inputs, needs, strict=True)
     )
     names = statistic_names(objective, has_teacher=batch.teacher is not None)
-    sums = torch.zeros(len(names), dtype=batch.dtype, device=student_hidden.device)
+    sums = student_hidden.new_zeros(len(names), dtype=batch.dtype)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         for rows in batch.tiles:
-            values = _run_tile(student_hidden[rows], rows, batch, objective, grads)
-            sums += torch.stack([values[name].sum() for name in names])
+            sums += _run_tile(student_hidden[rows], rows, batch, objective, grads)
     return _Sums(sums, grads)
 
 
 def _run_tile(
     hidden: Tensor, rows: Tensor, batch: _Batch, objective: Objective, grads: tuple[Tensor | None, ...]
-) -> dict[str, Tensor]:
-    """Measure the tokens of one tile and add to the gradients; everything of the size of its logits ends here."""
+) -> Tensor:
+    """Sum the statistics of one tile and add to the gradients; everything of the size of its logits ends here."""
+    student_logits = project(hidden, batch.student, batch.dtype)
+    teacher_logits = None
+    if batch.teacher_hidden is not None and batch.teacher is not None:
+        teacher_logits = project(batch.teacher_hidden[rows], batch.teacher, batch.dtype)
+    whole = Tile(student_logits, teacher_logits, batch.labels[rows].long())
+    names = statistic_names(objective, has_teacher=teacher_logits is not None)
+    total = student_logits.new_zeros(len(names))
+    for strip in strips(whole):
+        values, slope = score_tile(strip, objective, with_gradient=any(grad is not None for grad in grads))
+        total += torch.stack([values[name].sum() for name in names])
+        if slope is not None:
+            # The gradient takes the place of its logits, which nobody needs any more.
+            strip.student_logits.copy_(pull_back(slope, strip.student_logits, batch.student))
+    _carry_back(student_logits, hidden, rows, batch.student.weight, grads)
+    return total
+
+
+def _carry_back(slope: Tensor, hidden: Tensor, rows: Tensor, weight: Tensor, grads: tuple[Tensor | None, ...]) -> None:
+    """Turn a gradient `[tokens, vocab]` of the projection into those of its inputs, in place."""
     hidden_grad, weight_grad, bias_grad = grads
-    needs_slope = any(grad is not None for grad in grads)
-    tile = _project_tile(hidden, rows, batch)
-    values, slope = score_tile(tile, objective, with_gradient=needs_slope)
-    if slope is None:
-        return values
-    slope = pull_back(slope, tile.student_logits, batch.student)
     if hidden_grad is not None:
-        hidden_grad[rows] = hidden_gradient(slope, batch.student.weight)
+        hidden_grad[rows] = hidden_gradient(slope, weight)
     if weight_grad is not None:
         add_weight_gradient(weight_grad, slope, hidden)
     if bias_grad is not None:
         bias_grad += slope.sum(0)
-    return values
-
-
-def _project_tile(hidden: Tensor, rows: Tensor, batch: _Batch) -> Tile:
-    teacher_logits = None
-    if batch.teacher_hidden is not None and batch.teacher is not None:
-        teacher_logits = project(batch.teacher_hidden[rows], batch.teacher, batch.dtype)
-    return Tile(project(hidden, batch.student, batch.dtype), teacher_logits, batch.labels[rows].long())
 
 
 class _FusedDistillation(torch.autograd.Function):

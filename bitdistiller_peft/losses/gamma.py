@@ -42,7 +42,7 @@ def teacher_confidence(
         hidden: `[tokens, width]`, the teacher's last hidden states, any floating dtype.
         head: `Head`, or its bare weight `[vocab, width]`.
         labels: `[tokens]`, already shifted (`shift_labels`).
-        tile_tokens: tokens per tile; None picks as many as make tiles of 64 MiB of logits.
+        tile_tokens: tokens per tile; None picks as many as make 64 MiB of logits on a CPU, 256 MiB elsewhere.
         ignore_index: the label of tokens that are no targets.
 
     Returns:

@@ -12,6 +12,7 @@ from peft.utils import PeftType
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
 from bitdistiller_peft.quantizers import QuantSpec
 
+MASTER_DTYPES = ("float32", "base")
 TRAIN_OTHER = ("none", "norms", "all")
 OVERRIDE_KEYS = ("bits", "grid", "group_size", "scale_dtype", "zero_point_range")
 
@@ -33,6 +34,9 @@ class BitDistillerConfig(PeftConfig):
             recomputed from them; `"ste"` does not.
         learn_scale: train the scales (LSQ) instead of recomputing them from the weights on every forward.
         learn_zero_point: train the zero points too; needs `learn_scale` and grid `"int"`.
+        master_dtype: dtype of the trained copies: `"float32"`, or `"base"` for the base model's own. bf16 copies lose
+            updates smaller than 1/256 of a weight, which is most of them at usual learning rates. (PEFT itself turns
+            16-bit adapters into fp32 unless `autocast_adapter_dtype=False` is passed.)
         train_other: what else is trained, as copies that `disable_adapter()` undoes: `"none"`, `"norms"`, or `"all"`
             (norms, embeddings and output head).
         overrides: other settings for some layers, by a pattern that must match the end of the module name, e.g.
@@ -64,6 +68,9 @@ class BitDistillerConfig(PeftConfig):
     )
     learn_scale: bool = field(default=True, metadata={"help": "Train the scales instead of recomputing them."})
     learn_zero_point: bool = field(default=False, metadata={"help": "Train the zero points too (grid 'int')."})
+    master_dtype: str = field(
+        default="float32", metadata={"help": "Dtype of the trained weights: 'float32', or 'base' for the base model's."}
+    )
     train_other: str = field(
         default="none", metadata={"help": "Also train copies of: 'none', 'norms', 'all' (norms, embeddings, head)."}
     )
@@ -112,6 +119,8 @@ class BitDistillerConfig(PeftConfig):
             )
         if self.train_other not in TRAIN_OTHER:
             raise UnknownNameError("train_other", self.train_other, TRAIN_OTHER)
+        if self.master_dtype not in MASTER_DTYPES:
+            raise UnknownNameError("master_dtype", self.master_dtype, MASTER_DTYPES)
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"`layers_to_transform` must be set when `layers_pattern` is: got layers_pattern="

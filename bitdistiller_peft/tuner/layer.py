@@ -60,9 +60,18 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         *,
         learn_scale: bool,
         learn_zero_point: bool,
+        master_dtype: torch.dtype | None = torch.float32,
         inference_mode: bool = False,
     ) -> None:
         """Add an adapter: a copy of the base weights to train, and the learned parameters started from min-max.
+
+        Args:
+            adapter_name: its name.
+            spec: how the weights are quantized.
+            learn_scale: train the scales.
+            learn_zero_point: train the zero points.
+            master_dtype: dtype of the copies; `None` keeps the base layer's.
+            inference_mode: whether the adapter starts frozen.
 
         Raises:
             WeightError: a base weight is offloaded, not floating point, or not finite.
@@ -70,21 +79,31 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         """
         for name in self.parameter_names:
             with gather_params_ctx(getattr(self.base_layer, name)):
-                start = self._start_weight(name)
+                start = self._start_weight(name, master_dtype)
                 student = FakeQuantWeight(start, spec, learn_scale=learn_scale, learn_zero_point=learn_zero_point)
             getattr(self, PREFIX + name)[adapter_name] = student
         self.set_adapter(list(self.active_adapters), inference_mode=inference_mode)  # type: ignore[arg-type]
 
-    def _start_weight(self, name: str) -> Tensor:
+    def _start_weight(self, name: str, dtype: torch.dtype | None) -> Tensor:
         weight = self.base_weight(name)
         if _allocates_on_meta():  # PEFT's low_cpu_mem_usage: the values come from a checkpoint
-            return torch.empty_like(weight, device="meta")
+            return torch.empty_like(weight, device="meta", dtype=dtype)
         if weight.is_meta:
             raise WeightError(
                 f"the base weight must be in memory: got {name!r} on the meta device (offloaded or not loaded). "
                 "Load the model without a device_map that offloads."
             )
-        return weight.clone(memory_format=torch.contiguous_format)
+        return weight.to(dtype or weight.dtype, copy=True, memory_format=torch.contiguous_format)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT's own version also casts to the base layer's dtype, which would round fp32 master weights to bf16
+        target = device or getattr(self.base_layer, self.parameter_names[0]).device
+        for holders in self._holders():
+            if adapter_name in holders and not any(p.is_meta for p in holders.parameters()):
+                holders[adapter_name].to(target)
+
+    def _holders(self) -> list[nn.ModuleDict]:
+        return [getattr(self, name) for name in self.adapter_layer_names]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """Activate one adapter; a second one at the same time has no meaning, since each is a whole weight."""

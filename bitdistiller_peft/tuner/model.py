@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import PeftType
 from torch import nn
@@ -65,6 +66,7 @@ class BitDistillerModel(BaseTuner):
                 spec,
                 learn_scale=peft_config.learn_scale,
                 learn_zero_point=peft_config.learn_zero_point and spec.grid.has_zero_point,
+                master_dtype=torch.float32 if peft_config.master_dtype == "float32" else None,
                 inference_mode=peft_config.inference_mode,
             )
         except BitDistillerError as error:
@@ -76,11 +78,9 @@ class BitDistillerModel(BaseTuner):
         # PEFT's own version copies the float weight over whatever the new module holds
         setattr(parent, child_name, new_module)
         if isinstance(new_module, BitDistillerLayer):
-            device = next(child.parameters()).device
-            for name in new_module.adapter_layer_names:
-                holders = getattr(new_module, name)
-                if not any(p.is_meta for p in holders.parameters()) and device.type != "meta":
-                    holders.to(device)
+            adapter_names: list[str] = new_module._all_available_adapter_names()  # type: ignore[operator]
+            for adapter_name in adapter_names:
+                new_module._move_adapter_to_device_of_base_layer(adapter_name)
 
     def pack_and_unload(self, progressbar: bool = True) -> nn.Module:
         """Turn the active adapter into packed codes and return the base model that holds them.

@@ -105,7 +105,7 @@ def _put_in_place(model: nn.Module, entry: _Packed) -> None:
     if isinstance(layer, BitDistillerLinear):
         new = PackedLinear(layer.in_features, layer.out_features, spec=entry.spec, device="meta")
         register_packed(new, "weight", entry.spec, entry.tensors)
-        new.register_parameter("bias", layer.bias)  # the very parameter, frozen or not  # type: ignore[arg-type]
+        new.bias = layer.bias  # type: ignore[assignment]  # the very parameter, frozen or not
         new.train(layer.training)
         model.set_submodule(entry.layer_name, new)
         return
