@@ -49,7 +49,7 @@ def get_grid(name: str, bits: int) -> Grid:
         UnknownNameError: no grid has this name.
         ConfigError: the grid has no such width.
     """
-    if name not in _FACTORIES:
+    if not isinstance(name, str) or name not in _FACTORIES:
         raise UnknownNameError("grid", name, _FACTORIES)
     if not isinstance(bits, int) or isinstance(bits, bool):
         raise ConfigError(f"`bits` must be an integer: got bits={bits!r}. Use bits=2, 3 or 4.")

@@ -12,7 +12,7 @@ library_name: transformers
 {base_model}tags:
 - bitdistiller
 - quantized
----
+{tags}---
 
 # {title}
 
@@ -38,7 +38,9 @@ verifies them.
 """
 
 
-def write_card(folder: Path, config: BitDistillerQuantConfig, summary: QuantSummary, location: str) -> None:
+def write_card(
+    folder: Path, config: BitDistillerQuantConfig, summary: QuantSummary, location: str, tags: list[str] | None = None
+) -> None:
     """Write README.md unless the folder has one."""
     target = folder / "README.md"
     if target.exists():
@@ -49,6 +51,7 @@ def write_card(folder: Path, config: BitDistillerQuantConfig, summary: QuantSumm
     target.write_text(
         _TEMPLATE.format(
             base_model=f"base_model: {base_model}\nbase_model_relation: quantized\n" if is_hub_id else "",
+            tags="".join(f"- {tag}\n" for tag in tags or []),
             title=Path(location).name,
             what=packed,
             bits_per_weight=summary.bits_per_weight,

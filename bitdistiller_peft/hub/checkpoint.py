@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from pathlib import Path
 from typing import Literal
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor, nn
 
 from bitdistiller_peft.errors import BitDistillerError, CheckpointError
@@ -18,23 +20,55 @@ from bitdistiller_peft.quantizers import QuantSpec, check_scale
 _DTYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def check_files(files: list[str] | None, verify: Literal["fast", "full", "none"]) -> None:
+def check_files(files: list[str] | None, source: str, verify: Literal["fast", "full", "none"]) -> None:
     """Verify checksums, or say once that there are none.
 
+    Args:
+        files: the checkpoint's files.
+        source: where they come from: a folder, or a name on the Hub.
+        verify: what to compare.
+
     Raises:
+        CheckpointError: a file lies outside the folder, which only a forged index can bring about.
         ChecksumError, CheckpointError: see `verify_files`.
     """
     paths = [Path(file) for file in files or [] if str(file).endswith(".safetensors")]
     if not paths:
         return
+    for path in paths:
+        # `abspath` leaves links alone, of which the cache of the Hub is made
+        inside = os.path.relpath(os.path.abspath(path), os.path.abspath(source))  # noqa: PTH100
+        if Path(source).is_dir() and inside.startswith(os.pardir):
+            raise CheckpointError(f"the weights must lie in {source}: got {path}. The index is forged; do not use it.")
     if verify == "none":
         warnings.warn("Loading without verification (verify='none'): damage would go unnoticed.", stacklevel=2)
-    elif not verify_files(paths, mode=verify):
+        return
+    _fetch_manifest(paths[0])
+    if not verify_files(paths, mode=verify):
         warnings.warn(
             f"{MANIFEST_NAME} is missing beside {paths[0].name}: the weights load unverified. Save the model with "
             "bitdistiller_peft to write it.",
             stacklevel=2,
         )
+
+
+def _fetch_manifest(weights: Path) -> None:
+    """Bring the manifest of a model on the Hub beside its weights: `from_pretrained` fetches only what it knows."""
+    repo, _, inside = str(weights.parent).rpartition(f"{os.sep}snapshots{os.sep}")
+    name = Path(repo).name
+    if not name.startswith("models--") or (weights.parent / MANIFEST_NAME).exists():
+        return
+    commit, *subfolder = Path(inside).parts
+    try:
+        hf_hub_download(
+            name.removeprefix("models--").replace("--", "/"),
+            MANIFEST_NAME,
+            subfolder="/".join(subfolder) or None,
+            revision=commit,
+            cache_dir=Path(repo).parent,
+        )
+    except (OSError, ValueError):  # no such file, no network, no access: said by the caller
+        return
 
 
 def check_headers(model: nn.Module, files: list[str] | None, in_features: dict[str, int]) -> None:
@@ -55,24 +89,25 @@ def check_headers(model: nn.Module, files: list[str] | None, in_features: dict[s
             on_disk |= {name: (path.name, entry) for name, entry in read_header(path)[0].items()}
     for module_name, module, name, spec in iter_quantized(model):
         full_name = f"{module_name}.{name}"
-        if full_name not in in_features or full_name not in on_disk:
-            continue  # a name that differs on disk is checked by shape while loading, and by value afterwards
+        if full_name not in in_features:
+            continue
         shape = (*getattr(module, name).shape[:-1], in_features[full_name])
-        for suffix, (expected_shape, expected_dtype) in packed_layout(spec, shape).items():
-            _check_entry(full_name, full_name + suffix, on_disk, expected_shape, expected_dtype)
+        layout = packed_layout(spec, shape)
+        holder = next((on_disk[full_name + suffix][0] for suffix in layout if full_name + suffix in on_disk), None)
+        if holder is None:
+            continue  # a name that differs on disk is checked by shape while loading, and by value afterwards
+        for suffix, (expected_shape, expected_dtype) in layout.items():
+            if full_name + suffix not in on_disk:
+                raise CheckpointError(
+                    f"{holder} must hold tensor {full_name + suffix!r}: it is missing. The file is incomplete; "
+                    "download it again."
+                )
+            _check_entry(full_name + suffix, on_disk, expected_shape, expected_dtype)
 
 
 def _check_entry(
-    weight: str,
-    name: str,
-    on_disk: dict[str, tuple[str, dict[str, object]]],
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
+    name: str, on_disk: dict[str, tuple[str, dict[str, object]]], shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
-    if name not in on_disk:
-        raise CheckpointError(
-            f"{on_disk[weight][0]} must hold tensor {name!r}: it is missing. The file is incomplete; download it again."
-        )
     file, entry = on_disk[name]
     found_dtype = _DTYPES.get(str(entry["dtype"]), entry["dtype"])
     if tuple(entry["shape"]) != shape or found_dtype != dtype:  # type: ignore[arg-type]
@@ -96,7 +131,7 @@ def check_values(model: nn.Module, in_features: dict[str, int]) -> None:
         full_name = f"{module_name}.{name}"
         tensors = {name + s: companion(module, name, s) for s in ("", *SUFFIXES)}
         present = {key: tensor for key, tensor in tensors.items() if tensor is not None and not tensor.is_meta}
-        for key, tensor in present.items():
+        for key, tensor in {**present, **dict(module.named_parameters(recurse=False))}.items():  # and the bias
             if not getattr(tensor, "_is_hf_initialized", False):
                 raise CheckpointError(
                     f"the checkpoint must hold tensor '{module_name}.{key}': it is missing. Download it again."

@@ -13,6 +13,7 @@ from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.modules import (
     check_experts,
     expert_parameters,
+    fp32_names,
     is_experts,
     is_linear,
     output_head_names,
@@ -39,8 +40,8 @@ def convertible(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def default_skips(model: nn.Module) -> list[str]:
-    """What is left alone unless asked for: output and classification heads, tied weights, routers."""
-    return sorted(output_head_names(model) | tied_names(model) | router_names(model))
+    """What is left alone unless asked for: heads, tied weights, routers, and what transformers keeps in fp32."""
+    return sorted(output_head_names(model) | tied_names(model) | router_names(model) | fp32_names(model))
 
 
 def resolve_skips(model: nn.Module, names: list[str] | None) -> list[str]:
@@ -100,6 +101,8 @@ def _convert_one(model: nn.Module, name: str, module: nn.Module, config: BitDist
             new, "weight", spec, learn_scale=config.learn_scale, learn_zero_point=config.learn_zero_point
         )
     new.train(module.training)
+    if config.state == "packed":
+        _protect_from_init(new)
     model.set_submodule(name, new)
 
 
@@ -121,6 +124,18 @@ def _convert_experts(module: nn.Module, name: str, spec: QuantSpec, config: BitD
                 learn_scale=config.learn_scale,
                 learn_zero_point=config.learn_zero_point,
             )
+    if config.state == "packed":
+        _protect_from_init(module)
+
+
+def _protect_from_init(module: nn.Module) -> None:
+    """Keep `_init_weights` away from codes, whether they are offloaded or missing: it would fail on integers.
+
+    What is loaded, or replaced because it is missing, is a new parameter without this mark, so `check_values` can tell.
+    """
+    module._is_hf_initialized = True  # type: ignore[assignment]
+    for parameter in module.parameters(recurse=False):
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
 def check_expert_groups(spec: QuantSpec) -> None:

@@ -6,7 +6,10 @@ of architectures is needed.
 
 from __future__ import annotations
 
+import re
+
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from transformers.pytorch_utils import Conv1D
 
 from bitdistiller_peft.errors import TargetError
@@ -18,7 +21,9 @@ CLASSIFICATION_HEADS = ("score", "classifier")
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module is a plain linear layer or a `Conv1D` with a floating-point weight."""
-    if isinstance(module, PackedLinear) or not isinstance(module, (nn.Linear, Conv1D)):
+    # torch's attention multiplies by the weight of its output projection itself, so nothing may stand in for that
+    owned = (PackedLinear, NonDynamicallyQuantizableLinear)
+    if isinstance(module, owned) or not isinstance(module, (nn.Linear, Conv1D)):
         return False
     return module.weight.is_floating_point()
 
@@ -80,6 +85,14 @@ def router_names(model: nn.Module) -> set[str]:
         for child_name, child in module.named_children()
         if isinstance(child, nn.Linear)
     }
+
+
+def fp32_names(model: nn.Module) -> set[str]:
+    """Names of the modules that transformers keeps in fp32, e.g. T5's `wo`, to whose weight's dtype T5 casts inputs."""
+    kept = (getattr(model, f"_keep_in_fp32_modules{end}", None) or () for end in ("", "_strict"))
+    patterns = "|".join(re.escape(key) for keys in kept for key in keys)
+    inside = re.compile(rf"(^|\.)({patterns})(\.|$)")
+    return {name for name, _ in model.named_modules() if patterns and inside.search(f"{name}.weight")}
 
 
 def tied_names(model: nn.Module) -> set[str]:

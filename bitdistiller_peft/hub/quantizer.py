@@ -16,7 +16,14 @@ from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.convert import convert_skeleton, convertible, resolve_skips
 from bitdistiller_peft.hub.modules import expert_parameters, is_experts, weight_shape
 from bitdistiller_peft.hub.save import attach_save
-from bitdistiller_peft.layers import SUFFIXES, attach_learned_params, companion, packed_tensors, quant_specs
+from bitdistiller_peft.layers import (
+    SUFFIXES,
+    attach_learned_params,
+    iter_quantized,
+    packed_layout,
+    packed_tensors,
+    quant_specs,
+)
 from bitdistiller_peft.quantizers import find_params, quantize
 
 
@@ -61,7 +68,8 @@ class BitDistillerHfQuantizer(HfQuantizer):
         config = self.quantization_config
         files = kwargs.get("checkpoint_files")
         if self.pre_quantized:
-            check_files(files, config.verify)  # type: ignore[arg-type]
+            source = str(model.config.name_or_path)  # type: ignore[union-attr]
+            check_files(files, source, config.verify)  # type: ignore[arg-type]
         else:
             config.modules_to_not_convert = resolve_skips(model, config.modules_to_not_convert)
         widths: dict[str, int] = {}
@@ -81,13 +89,17 @@ class BitDistillerHfQuantizer(HfQuantizer):
             check_headers(model, files, self.in_features)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for module_name, module, name, spec in iter_quantized(model):
+            width = self.in_features.get(f"{module_name}.{name}")
+            layout = {} if width is None else packed_layout(spec, (*getattr(module, name).shape[:-1], width))
+            for suffix, (_, dtype) in layout.items():
+                tensor = getattr(module, name + suffix)
+                tensor.requires_grad_(False)  # the loader makes every floating tensor trainable,
+                tensor.data = tensor.data.to(dtype)  # and casts those of modules that a model wants in fp32
         check_values(model, self.in_features)
-        for full_name in self.in_features:
-            module_name, _, name = full_name.rpartition(".")
-            for suffix in ("", *SUFFIXES):
-                tensor = companion(model.get_submodule(module_name), name, suffix)
-                if tensor is not None:
-                    tensor.requires_grad_(False)  # the loader makes every floating tensor trainable
+        if not self.pre_quantized:  # the loader keeps the converters that it used, and no scales were there to convert
+            conversions: Any = getattr(model, "_weight_conversions", None) or []
+            model._weight_conversions = self.update_weight_conversions(list(conversions), model)
         attach_save(model)
         return model
 

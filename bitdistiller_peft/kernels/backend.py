@@ -51,7 +51,7 @@ def register_backend(backend: Backend) -> None:
         ConfigError: the name is taken.
     """
     if backend.name in _BACKENDS:
-        raise ConfigError(f"`name` must be new: got name={backend.name!r}.")
+        raise ConfigError(f"`name` must be new: got name={backend.name!r}. Registered backends: {backend_names()}.")
     _BACKENDS[backend.name] = backend
 
 

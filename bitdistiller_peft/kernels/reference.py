@@ -56,7 +56,9 @@ class ReferenceBackend(Backend):
 def compute_dtype(inputs: Tensor) -> torch.dtype:
     """The dtype a `linear` on these inputs multiplies in: autocast's where it is on, else their own."""
     device = inputs.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else inputs.dtype
+    # a device without autocast, such as "meta", may not even be asked whether it is on
+    is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return torch.get_autocast_dtype(device) if is_on else inputs.dtype
 
 
 def _take(params: QuantParams, index: int) -> QuantParams:

@@ -88,9 +88,9 @@ def attach_learned_params(
         params = find_params(weight, spec)  # also refuses, early, what could not be packed
     if not learn_scale:
         return
-    _register(module, name + SCALE, params.scale.float())
+    floor = torch.finfo(spec.scale_dtype).tiny  # an absent sign's scale is 0; a learned one must be able to grow
+    _register(module, name + SCALE, params.scale.float().clamp(min=floor))
     if params.scale_negative is not None:
-        floor = torch.finfo(spec.scale_dtype).tiny  # an absent sign's scale is 0; a learned one must be able to grow
         _register(module, name + SCALE_NEGATIVE, params.scale_negative.float().clamp(min=floor))
     if params.zero_point is not None and learn_zero_point:
         _register(module, name + ZERO_POINT, params.zero_point.float())

@@ -11,7 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
+from bitdistiller_peft.errors import TargetError
 from bitdistiller_peft.kernels import compute_dtype, dequantize_packed
 from bitdistiller_peft.layers.companions import fake_quantized, packed_params, quant_specs, register_packed
 from bitdistiller_peft.layers.packed import keep_stored_dtypes
@@ -36,7 +38,16 @@ class _QuantExperts:
         raise NotImplementedError
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Run the model's own expert forward on dense weights ``[experts, out, in]``."""
+        """Run the model's own expert forward on dense weights ``[experts, out, in]``.
+
+        Raises:
+            TargetError: an adapter reparametrizes the experts: it would change codes, or bypass fake quantization.
+        """
+        if is_parametrized(self):  # type: ignore[arg-type]
+            raise TargetError(
+                "an adapter must not wrap quantized experts: it would see codes in place of weights. "
+                "Name the linear layers in target_modules (PEFT's 'all-linear' takes the experts too)."
+            )
         weights = {name: self._dense(name, hidden_states) for name in quant_specs(self)}  # type: ignore[arg-type]
         return forward_with(self, weights, super().forward.__func__, hidden_states, *args, **kwargs)  # type: ignore[arg-type, misc]
 

@@ -8,8 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitdistiller_peft.errors import TargetError
 from bitdistiller_peft.kernels import dequantize_packed, packed_linear
 from bitdistiller_peft.layers.companions import (
+    companion,
+    companion_suffixes,
     packed_layout,
     packed_params,
     packed_tensors,
@@ -25,10 +28,9 @@ def keep_stored_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Cal
     A scale in another dtype would be another scale: the weights would change without a word.
     """
     stored = {
-        id(parameter)
-        for name in quant_specs(module)
-        for key, parameter in module._parameters.items()
-        if parameter is not None and key.startswith(name)
+        id(companion(module, name, suffix))
+        for name, spec in quant_specs(module).items()
+        for suffix in ("", *companion_suffixes(spec))
     }
 
     def moved(tensor: Tensor) -> Tensor:
@@ -90,7 +92,17 @@ class PackedLinear(nn.Linear):
         return quant_specs(self)["weight"]
 
     def forward(self, input: Tensor) -> Tensor:
-        """Multiply ``[..., in]``; the result has the dtype of the inputs (or autocast's)."""
+        """Multiply ``[..., in]``; the result has the dtype of the inputs (or autocast's).
+
+        Raises:
+            TargetError: the inputs are integers: the model casts them to the dtype of what it takes for a weight.
+        """
+        if not input.is_floating_point():
+            raise TargetError(
+                f"the inputs of a packed layer must be floating point: got {input.dtype}. This model casts them to "
+                "`weight.dtype`, as T5 does before `wo`; leave the layer out with exclude_modules or "
+                "modules_to_not_convert."
+            )
         return packed_linear(input, self.weight, packed_params(self, "weight"), self.spec, self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

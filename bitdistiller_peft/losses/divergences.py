@@ -5,8 +5,8 @@ Three habits keep these finite and exact where the textbook line `sum(p * (log_p
 - Nothing takes the logarithm of a probability. The log ratio is a difference of logits, minus a difference of log
   normalizers, so a gap of 150 stays 150 and does not become `log(0)`. (`F.kl_div` against probabilities has NaN
   gradients from a gap of about 104 on in fp32; the published BitDistiller code calls it so.)
-- Both distributions sum to one, so `q - p` is added under the sum at no cost. It cancels, to first order, whatever
-  rounding the normalizers carry, and a student close to its teacher then still has a KL with correct digits.
+- Both distributions sum to one, so `q - p` may be added under the sum. It cancels, to first order, whatever rounding
+  the normalizers carry, and a student close to its teacher still has a KL with correct digits.
 - An outcome without probability counts nothing: `0 * log(0 / q) = 0`, also where a padded vocabulary holds `-inf` on
   both sides. One-sided `-inf` gives the infinity that the definition asks for.
 """
@@ -24,12 +24,14 @@ from bitdistiller_peft.errors import ConfigError
 
 
 class Comparison(NamedTuple):
-    """Two distributions over the same vocabulary, and the log of their ratio; all `[..., vocab]`."""
+    """Two distributions over the same vocabulary, and how they differ; all `[..., vocab]`."""
 
     student_probs: Tensor
     teacher_probs: Tensor
     log_ratio: Tensor
     """log student - log teacher; 0 where both are impossible."""
+    drift: Tensor
+    """student - teacher, with correct digits also where they nearly agree."""
 
 
 def check_unit_interval(name: str, value: object, advice: str) -> None:
@@ -76,7 +78,10 @@ def compare(student_logits: Tensor, teacher_logits: Tensor) -> Comparison:
     is_padding = torch.isneginf(student) & torch.isneginf(teacher)
     gap = torch.where(is_padding, 0.0, student - teacher) - (student_top - teacher_top)
     log_ratio = gap - (student_log_z - teacher_log_z)
-    return Comparison((student_rest - student_log_z).exp(), (teacher_rest - teacher_log_z).exp(), log_ratio)
+    student_probs, teacher_probs = (student_rest - student_log_z).exp(), (teacher_rest - teacher_log_z).exp()
+    near = teacher_probs * torch.expm1(log_ratio.clamp(max=1))
+    drift = torch.where(log_ratio > 1, student_probs - teacher_probs, near)
+    return Comparison(student_probs, teacher_probs, log_ratio, drift)
 
 
 def expected(probs: Tensor, values: Tensor) -> Tensor:
@@ -94,8 +99,14 @@ def excess_over_mixture(log_ratio: Tensor, beta: float) -> tuple[Tensor, Tensor]
     Returns:
         `log student - log m` and `log teacher - log m`, finite wherever the side itself has probability.
     """
-    own, other = (log_ratio.new_tensor(math.log(share)) for share in (1 - beta, beta))
-    return -torch.logaddexp(own, other - log_ratio), -torch.logaddexp(other, own + log_ratio)
+    return -_log_mix(-log_ratio, beta), -_log_mix(log_ratio, 1 - beta)
+
+
+def _log_mix(log_ratio: Tensor, share: float) -> Tensor:
+    """Compute `log((1 - share) + share * exp(log_ratio))`, with correct digits near 0."""
+    near = torch.log1p(share * torch.expm1(log_ratio.clamp(-1, 1)))
+    far = torch.logaddexp(log_ratio.new_tensor(math.log1p(-share)), log_ratio + math.log(share))
+    return torch.where(log_ratio.abs() < 1, near, far)
 
 
 def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
@@ -112,8 +123,7 @@ def forward_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         ConfigError: the shapes differ.
     """
     both = compare(student_logits, teacher_logits)
-    drift = (both.student_probs - both.teacher_probs).sum(-1)
-    return expected(both.teacher_probs, -both.log_ratio) + drift
+    return both.drift.sum(-1) - expected(both.teacher_probs, both.log_ratio)
 
 
 def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -137,7 +137,7 @@ def _add_divergences(values: dict[str, Tensor], grad: Tensor | None, pair: _Pair
         values["loss"] = values["loss"] + factor * weight * values[part]
         if grad is not None:
             share = factor / objective.temperature * weight
-            grad += slope().mul_(share.unsqueeze(-1) if isinstance(share, Tensor) else share)
+            grad += slope() * (share.unsqueeze(-1) if isinstance(share, Tensor) else share)
 
 
 def _divergence(part: str, pair: _Pair, objective: Objective) -> tuple[Tensor, Slope]:
@@ -153,14 +153,12 @@ def _divergence(part: str, pair: _Pair, objective: Objective) -> tuple[Tensor, S
 
 
 def _forward_kl(both: Comparison) -> tuple[Tensor, Slope]:
-    drift = both.student_probs - both.teacher_probs
-    return drift.sum(-1) - expected(both.teacher_probs, both.log_ratio), lambda: drift
+    return both.drift.sum(-1) - expected(both.teacher_probs, both.log_ratio), lambda: both.drift
 
 
 def _reverse_kl(both: Comparison) -> tuple[Tensor, Slope]:
-    drift = (both.student_probs - both.teacher_probs).sum(-1)
     mean = expected(both.student_probs, both.log_ratio)
-    return mean - drift, lambda: _away_from_mean(both.student_probs, both.log_ratio, mean)
+    return mean - both.drift.sum(-1), lambda: _away_from_mean(both.student_probs, both.log_ratio, mean)
 
 
 def _jensen_shannon(both: Comparison, beta: float) -> tuple[Tensor, Slope]:
@@ -188,4 +186,4 @@ def _by_autograd(part: str, pair: _Pair) -> tuple[Tensor, Slope]:
             f"A divergence must return one number per token: got {list(value.shape)} from {part!r} "
             f"for {len(student)} tokens. Sum it over the last dimension only."
         )
-    return value.detach(), lambda: torch.autograd.grad(value.sum(), student)[0]
+    return value.detach(), lambda: torch.autograd.grad(value, student, torch.ones_like(value))[0]

@@ -84,7 +84,10 @@ class AffineQuantizer(Quantizer):
         if spec.zero_point_range is not None and params.zero_point is not None:
             zero_point = params.zero_point.float()
             above, below = _side_scales(low.clamp(max=0), high.clamp(min=0), zero_point, grid.max_code)
-            to_high = torch.where(above >= below, grads.scale / (grid.max_code - zero_point).clamp(min=1), 0.0)
+            # where neither side has codes for its weights the scale is the constant 1
+            to_high = torch.where(
+                (above >= below) & (above > 0), grads.scale / (grid.max_code - zero_point).clamp(min=1), 0.0
+            )
             to_low = torch.where(above < below, -grads.scale / zero_point.clamp(min=1), 0.0)
         # an extreme on the wrong side of zero is not the end of the range
         add_at_extreme(grads.weight, high_index, torch.where(high > 0, to_high, 0.0))

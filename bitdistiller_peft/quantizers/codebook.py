@@ -46,7 +46,7 @@ class CodebookQuantizer(Quantizer):
     def quantize(self, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
         """Return the nearest level's code as int32; half-way values go to the lower level."""
         midpoints = torch.tensor(_grid(spec).midpoints, dtype=torch.float32, device=groups.device)
-        return torch.bucketize(_normalized(groups, params), midpoints, out_int32=True)
+        return torch.bucketize(_normalized(groups, params).contiguous(), midpoints, out_int32=True)
 
     def dequantize(self, codes: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
         """Return ``scale(sign of the level) * levels[codes]`` in fp32."""

@@ -33,6 +33,7 @@ def find_params(weight: Tensor, spec: QuantSpec) -> QuantParams:
         GroupSizeError: the group size does not divide ``in``.
     """
     _check_weight(weight)
+    _check_finite(weight)
     quantizer = get_quantizer(spec.grid)
     params = quantizer.find_params(to_groups(weight.detach().float(), spec.group_size), spec)
     quantizer.check(params)
@@ -69,8 +70,7 @@ def quantize(weight: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
         WeightError: the weight is not floating point, or holds NaN or Inf.
     """
     _check_weight(weight)
-    if not bool(torch.isfinite(weight).all()):
-        raise WeightError("the weight must be finite: got NaN or Inf in it. Load an undamaged checkpoint.")
+    _check_finite(weight)
     groups = to_groups(weight.detach().float(), spec.group_size)
     return get_quantizer(spec.grid).quantize(groups, params, spec).to(torch.uint8).reshape(weight.shape)
 
@@ -121,6 +121,11 @@ def _check_weight(weight: Tensor) -> None:
         )
     if weight.is_meta:
         raise WeightError("the weight must be in memory: got a meta tensor. Load the model without offloading.")
+
+
+def _check_finite(weight: Tensor) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise WeightError("the weight must be finite: got NaN or Inf in it. Load an undamaged checkpoint.")
 
 
 class _FakeQuantize(torch.autograd.Function):

@@ -18,7 +18,8 @@ def register_quantizer(family: type[Grid], quantizer: Quantizer) -> None:
         ConfigError: the family has a quantizer already.
     """
     if family in _QUANTIZERS:
-        raise ConfigError(f"`family` must be new: got family={family.__name__}.")
+        known = [known.__name__ for known in _QUANTIZERS]
+        raise ConfigError(f"`family` must be new: got family={family.__name__}. Registered families: {known}.")
     _QUANTIZERS[family] = quantizer
 
 

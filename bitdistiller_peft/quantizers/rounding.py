@@ -18,6 +18,7 @@ def round_scale_up(scale: Tensor, dtype: torch.dtype) -> Tensor:
         scale: fp32, any shape, ``>= 0`` or NaN.
         dtype: fp16, bf16 or fp32.
     """
+    scale = torch.where(scale == 0, 0.0, scale)  # an absent sign's may come as -0
     stored = scale.to(dtype)
     if dtype == torch.float32:
         return stored

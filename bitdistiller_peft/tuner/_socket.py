@@ -47,13 +47,14 @@ def register(config_cls: type, model_cls: type) -> None:
 
 
 def _refuse_nesting() -> None:
-    original = BaseTuner.inject_adapter
+    # at the very start: PEFT would otherwise replace the student's entry in `peft_config` before anything is refused
+    original = BaseTuner.__init__
     if getattr(original, "_knows_bitdistiller", False):
         return
 
     @wraps(original)
-    def inject_adapter(self: BaseTuner, model: Any, *args: Any, **kwargs: Any) -> None:
-        if self.prefix != PREFIX:
+    def __init__(self: BaseTuner, model: Any, *args: Any, **kwargs: Any) -> None:
+        if getattr(type(self), "prefix", None) != PREFIX:
             for name, module in model.named_modules():
                 if isinstance(module, BitDistillerLayer):
                     raise TargetError(
@@ -63,5 +64,5 @@ def _refuse_nesting() -> None:
                     )
         original(self, model, *args, **kwargs)
 
-    inject_adapter._knows_bitdistiller = True  # type: ignore[attr-defined]
-    BaseTuner.inject_adapter = inject_adapter
+    __init__._knows_bitdistiller = True  # type: ignore[attr-defined]
+    BaseTuner.__init__ = __init__

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 from peft import PeftMixedModel, PeftModel, get_peft_model
 from torch import nn
 
-from bitdistiller_peft.errors import ConfigError, StateError
+from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.tuner.config import BitDistillerConfig
+from bitdistiller_peft.tuner.targets import check_not_wrapped
 
 
 def get_bitdistiller_model(
@@ -21,7 +23,7 @@ def get_bitdistiller_model(
 
     Args:
         model: a full-precision transformers model (fp32, bf16 or fp16). It is changed in place, as PEFT does.
-        config: how to quantize; the default is 2-bit asymmetric integers in groups of 128.
+        config: how to quantize; the default is 2-bit asymmetric integers in groups of 128. It is copied, not changed.
         adapter_name: name of the student.
         kwargs: passed on to `peft.get_peft_model`.
 
@@ -34,13 +36,10 @@ def get_bitdistiller_model(
     Example:
         >>> model = get_bitdistiller_model(model, BitDistillerConfig(bits=2, group_size=64))  # doctest: +SKIP
     """
-    if isinstance(model, (PeftModel, PeftMixedModel)):
-        raise StateError(
-            "`model` must be a base model: got a PeftModel. Use model.add_adapter(name, config) for a second student."
-        )
     if not isinstance(model, nn.Module):
         raise ConfigError(f"`model` must be a torch module: got {type(model).__name__}. Pass the loaded model.")
+    check_not_wrapped(model, adapter_name)
     config = BitDistillerConfig() if config is None else config
     if not isinstance(config, BitDistillerConfig):
         raise ConfigError(f"`config` must be a BitDistillerConfig: got {type(config).__name__}.")
-    return get_peft_model(model, config, adapter_name=adapter_name, **kwargs)
+    return get_peft_model(model, copy.deepcopy(config), adapter_name=adapter_name, **kwargs)

@@ -121,6 +121,9 @@ class BitDistillerConfig(PeftConfig):
             raise UnknownNameError("train_other", self.train_other, TRAIN_OTHER)
         if self.master_dtype not in MASTER_DTYPES:
             raise UnknownNameError("master_dtype", self.master_dtype, MASTER_DTYPES)
+        for name in ("learn_scale", "learn_zero_point"):
+            if type(getattr(self, name)) is not bool:
+                raise ConfigError(f"`{name}` must be True or False: got {name}={getattr(self, name)!r}.")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ConfigError(
                 f"`layers_to_transform` must be set when `layers_pattern` is: got layers_pattern="

@@ -44,8 +44,8 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         self.adapter_layer_names = tuple(PREFIX + name for name in parameter_names)
 
     def base_weight(self, name: str) -> Tensor:
-        """The full-precision weight ``[..., out, in]`` (a view, transposed for `Conv1D`)."""
-        weight: Tensor = getattr(self.base_layer, name).detach()
+        """The full-precision weight ``[..., out, in]`` (a view, transposed for `Conv1D`), also while one is merged."""
+        weight = self._before_merge.get(name, getattr(self.base_layer, name).detach())
         return weight.T if isinstance(self.base_layer, Conv1D) else weight
 
     def student(self, name: str, adapter_name: str) -> FakeQuantWeight:
@@ -98,11 +98,12 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT's own version also casts to the base layer's dtype, which would round fp32 master weights to bf16
         target = device or getattr(self.base_layer, self.parameter_names[0]).device
-        for holders in self._holders():
+        for holders in self.holders():
             if adapter_name in holders and not any(p.is_meta for p in holders.parameters()):
                 holders[adapter_name].to(target)
 
-    def _holders(self) -> list[nn.ModuleDict]:
+    def holders(self) -> list[nn.ModuleDict]:
+        """The students of each quantized parameter, by adapter."""
         return [getattr(self, name) for name in self.adapter_layer_names]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -113,6 +114,13 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
                 "activate them in turn with set_adapter()."
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch between student and teacher; what is trainable stays so.
+
+        PEFT's own version makes the active adapter trainable whenever it is switched on, also a frozen one.
+        """
+        self._disable_adapters = not enabled
 
     def active_student(self, name: str) -> FakeQuantWeight | None:
         """The active adapter's weight, or `None` where the base layer speaks for itself."""
@@ -153,9 +161,10 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.append(adapters[0])
 
     def unmerge(self) -> None:
-        """Give the base layer its own weights back, exactly."""
+        """Give the base layer its own weights back, exactly; on the device and in the dtype it has now."""
         for name, values in self._before_merge.items():
-            getattr(self.base_layer, name).data = values
+            base = getattr(self.base_layer, name)
+            base.data = values.to(base)
         self._before_merge.clear()
         self.merged_adapters.clear()
 

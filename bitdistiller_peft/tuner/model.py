@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import PeftType
+from peft.utils import ModulesToSaveWrapper, PeftType
 from torch import nn
 
-from bitdistiller_peft.errors import BitDistillerError, TargetError, add_location
+from bitdistiller_peft.errors import BitDistillerError, ConfigError, TargetError, UnknownNameError, add_location
 from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import PREFIX, BitDistillerLayer, overlay
 from bitdistiller_peft.tuner.pack import pack_model
-from bitdistiller_peft.tuner.targets import check_model, check_targets, other_modules, resolve_targets
+from bitdistiller_peft.tuner.targets import (
+    check_model,
+    check_not_wrapped,
+    check_targets,
+    other_modules,
+    resolve_targets,
+)
 
 
 class BitDistillerModel(BaseTuner):
@@ -21,7 +31,7 @@ class BitDistillerModel(BaseTuner):
         model: a transformers model (or any `nn.Module` with linear layers).
         config: a `BitDistillerConfig`, or several by adapter name.
         adapter_name: name of the first adapter.
-        low_cpu_mem_usage: create the adapter on the meta device, to be filled from a checkpoint.
+        kwargs: further arguments of PEFT's `BaseTuner`.
 
     Raises:
         StateError, TargetError, GroupSizeError, WeightError: the model does not suit; the layer is named.
@@ -31,12 +41,22 @@ class BitDistillerModel(BaseTuner):
     tuner_layer_cls = BitDistillerLayer
     target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012  (PEFT's own form)
 
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        check_not_wrapped(model, adapter_name)
+        known: dict[str, Any] = getattr(model, "peft_config", {})
+        before = dict(known)
+        try:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        except Exception:  # PEFT enters the adapter in the model's list first
+            known.clear()
+            known.update(before)
+            raise
+
     def _prepare_model(self, peft_config: BitDistillerConfig, model: nn.Module) -> None:
         check_model(model)
         resolve_targets(peft_config, model)
         check_targets(peft_config, model)
-        if peft_config.train_other != "none":
-            others = other_modules(model, peft_config.train_other)
+        if others := other_modules(peft_config, model):
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *others})
 
     def _check_new_adapter_config(self, config: BitDistillerConfig) -> None:
@@ -82,6 +102,16 @@ class BitDistillerModel(BaseTuner):
             for adapter_name in adapter_names:
                 new_module._move_adapter_to_device_of_base_layer(adapter_name)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        # PEFT drops the argument without a word for methods that do not implement this hook
+        if kwargs.get("adapter_names") is not None:
+            raise ConfigError(
+                f"`adapter_names` must not be passed to forward: got {kwargs['adapter_names']!r}. Adapters cannot be "
+                "mixed in a batch; choose one with set_adapter()."
+            )
+        yield
+
     def pack_and_unload(self, progressbar: bool = True) -> nn.Module:
         """Turn the active adapter into packed codes and return the base model that holds them.
 
@@ -107,9 +137,27 @@ class BitDistillerModel(BaseTuner):
             progressbar: show progress.
             safe_merge: refuse to write values that are not finite.
             adapter_names: at most one name; the active adapter by default.
+
+        Raises:
+            UnknownNameError: no adapter has this name.
+            StateError: several names, or another adapter is merged already.
         """
+        for name in adapter_names or []:
+            if name not in self.peft_config:
+                raise UnknownNameError("adapter_names", name, self.peft_config)
+        if adapter_names and len(adapter_names) == 1 and adapter_names != self.active_adapters:
+            self.set_adapter(adapter_names[0])  # PEFT keeps the active adapter's trained norms, whatever it merges
         merged: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return merged
+
+    def unload(self) -> nn.Module:
+        """Return the full-precision model as it was before the student, its own norms, embeddings and head included."""
+        self.unmerge_adapter()
+        wrappers = [(name, m) for name, m in self.model.named_modules() if isinstance(m, ModulesToSaveWrapper)]
+        for name, wrapper in wrappers:
+            self.model.set_submodule(name, wrapper.original_module)  # PEFT itself would leave the trained copy
+        plain: nn.Module = super().unload()
+        return plain
 
     def student_layers(self) -> list[tuple[str, BitDistillerLayer]]:
         """The overlaid layers, by their name in the base model, in order."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
-from peft.tuners.tuners_utils import BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft import PeftMixedModel, PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from bitdistiller_peft.errors import BitDistillerError, StateError, TargetError, add_location
 from bitdistiller_peft.hub.convert import check_expert_groups, convertible, default_skips
@@ -18,12 +21,31 @@ from bitdistiller_peft.hub.modules import (
     is_linear,
     tied_names,
 )
-from bitdistiller_peft.layers import iter_quantized
+from bitdistiller_peft.layers import iter_quantized, quant_specs
 from bitdistiller_peft.quantizers import QuantSpec, find_params
 from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import BitDistillerLayer
 
 ALL_LINEAR = "all-linear"
+
+
+def check_not_wrapped(model: nn.Module, adapter_name: str) -> None:
+    """Refuse to wrap a student again, and to overwrite an adapter that it holds.
+
+    Raises:
+        StateError: the model is a PEFT model, or has an adapter of this name.
+    """
+    if isinstance(model, (PeftModel, PeftMixedModel, BaseTuner)):
+        raise StateError(
+            f"`model` must be a base model: got a {type(model).__name__}. Use model.add_adapter(name, config) for a "
+            "second student."
+        )
+    for name, module in model.named_modules():
+        if isinstance(module, BitDistillerLayer) and any(adapter_name in holder for holder in module.holders()):
+            raise StateError(
+                f"`adapter_name` must be new: got {adapter_name!r}, and layer {name!r} holds a student of that name. "
+                "Use model.add_adapter(name, config) for a second student."
+            )
 
 
 def check_model(model: nn.Module) -> None:
@@ -39,6 +61,11 @@ def check_model(model: nn.Module) -> None:
             raise StateError(
                 f"the model must not carry another adapter: got {type(module).__name__} in layer {name!r}. "
                 "Call merge_and_unload() first."
+            )
+        if isinstance(module, (nn.Linear, Conv1D)) and not (quant_specs(module) or module.weight.is_floating_point()):
+            raise StateError(
+                f"the model must hold full-precision weights: layer {name!r} holds {module.weight.dtype}. Load the "
+                "model unquantized, or dequantize it first."
             )
     for module_name, _, _, _ in iter_quantized(model):
         if ".bitdistiller_" not in module_name:
@@ -62,10 +89,19 @@ def resolve_targets(config: BitDistillerConfig, model: nn.Module) -> None:
     """
     if isinstance(config.target_modules, str) and config.target_modules.lower() == ALL_LINEAR:
         skips = set(default_skips(model))
-        names = {name for name, _ in linear_like(model) if name not in skips}
+        names = {n for n, _ in linear_like(model) if n not in skips and _is_in_chosen_layers(config, n)}
         if not names:
-            raise TargetError("the model must have linear layers: got none that can be quantized.")
+            chosen = config.layers_to_transform
+            where = "" if chosen is None else f" in layers_to_transform={chosen!r}"
+            raise TargetError(f"the model must have linear layers to quantize: got none{where}.")
         config.target_modules = names  # type: ignore[assignment]
+
+
+def _is_in_chosen_layers(config: BitDistillerConfig, name: str) -> bool:
+    # PEFT takes a module that is named in full, whatever `layers_to_transform` says; so ask it about the ending
+    by_ending = copy.copy(config)
+    by_ending.target_modules, by_ending.exclude_modules = {name.rpartition(".")[2]}, None  # type: ignore[assignment]
+    return bool(check_target_module_exists(by_ending, name))
 
 
 def linear_like(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -81,20 +117,47 @@ def check_targets(config: BitDistillerConfig, model: nn.Module) -> None:
     """Refuse, before anything is replaced, every target that could not be quantized or packed.
 
     Raises:
-        TargetError: a target is not a linear layer, is tied, or holds experts in a layout that does not fit.
+        TargetError: nothing is targeted, or a target is not a linear layer, is tied, or holds experts in a layout that
+            does not fit.
         GroupSizeError, WeightError, ScaleRangeError: its weight does not suit; the layer is named.
     """
     tied = tied_names(model)
     wrapped = [name for name, module in model.named_modules() if isinstance(module, BitDistillerLayer)]
     inside = tuple(f"{name}." for name in wrapped)
-    for name, module in model.named_modules():
-        matched = check_target_module_exists(config, name)
-        if not name or isinstance(matched, _ExcludedModule) or not matched or (inside and name.startswith(inside)):
-            continue
+    targets = [
+        (name, module)
+        for name, module in model.named_modules()
+        if name and is_target(config, name) and not (inside and name.startswith(inside))
+    ]
+    if not targets:
+        _refuse_empty(config, model)
+    for name, module in targets:
         try:
             _check_target(name, module, config.spec(name), tied)
         except BitDistillerError as error:
             raise add_location(error, f"layer {name!r}") from None
+
+
+def is_target(config: BitDistillerConfig, name: str) -> bool:
+    """Whether the config targets the module of this name."""
+    matched = check_target_module_exists(config, name)
+    return bool(matched) and not isinstance(matched, _ExcludedModule)
+
+
+def _refuse_empty(config: BitDistillerConfig, model: nn.Module) -> None:
+    targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules or [])
+    if config.exclude_modules or config.modules_to_save:
+        raise TargetError(
+            "`exclude_modules` and `modules_to_save` must leave a layer to quantize: got "
+            f"exclude_modules={config.exclude_modules!r}, modules_to_save={config.modules_to_save!r} with "
+            f"target_modules={targets!r}. Shorten them."
+        )
+    endings = sorted({name.rpartition(".")[2] for name, _ in linear_like(model)})
+    where = "" if config.layers_to_transform is None else f" in layers_to_transform={config.layers_to_transform!r}"
+    raise TargetError(
+        f"`target_modules` must match a layer: got {targets!r}{where}. Use 'all-linear', or names that end in one of "
+        f"{endings}."
+    )
 
 
 def _check_target(name: str, module: nn.Module, spec: QuantSpec, tied: set[str]) -> None:
@@ -119,25 +182,27 @@ def _check_target(name: str, module: nn.Module, spec: QuantSpec, tied: set[str])
         find_params(weight, spec)
 
 
-def other_modules(model: nn.Module, train_other: str) -> list[str]:
-    """Endings of the names of norms (and embeddings and head) for PEFT's `modules_to_save`.
+def other_modules(config: BitDistillerConfig, model: nn.Module) -> list[str]:
+    """Endings of the names of norms (and embeddings and head) for PEFT's `modules_to_save`, if the config wants them.
 
     Raises:
         TargetError: embeddings are to be trained and the head is tied to them: copies would come apart.
     """
+    if config.train_other == "none":
+        return []
+    copied = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper))
     norms = [name for name, module in model.named_modules() if _is_norm(module)]
-    names = set(norms)
-    if train_other == "all":
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]
-        head = model.get_output_embeddings()  # type: ignore[operator]
-        chosen = {id(module) for module in (embeddings, head) if module is not None}
+    names = {next((prefix[:-1] for prefix in copied if name.startswith(prefix)), name) for name in norms}
+    if config.train_other == "all":
+        getters = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
+        chosen = {id(getter()) for getter in getters if getter is not None and getter() is not None}
         found = [name for name, module in model.named_modules() if id(module) in chosen]
         if tied_names(model) & set(found):
             raise TargetError(
                 f"`train_other` must not be 'all' where embeddings and head are tied: got tied modules {found}. "
                 "Use train_other='norms', or untie them first."
             )
-        names |= set(found)
+        names |= {name for name in found if not is_target(config, name)}
     return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
@@ -24,7 +22,7 @@ def total_variation_squared(student_logits: Tensor, teacher_logits: Tensor) -> T
 
 
 @pytest.fixture
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+def registered(monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(registry, "_DIVERGENCES", dict(registry._DIVERGENCES))
     register_divergence("tv2", total_variation_squared)
     return "tv2"

@@ -1,0 +1,160 @@
+"""`calibrate`: the front door."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from bitdistiller_peft.calibration.blockwise import reconstruct
+from bitdistiller_peft.calibration.options import BlockwiseOptions, ClipOptions, make_options
+from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult, LayerReport
+from bitdistiller_peft.calibration.slots import Display, Slot, find_student
+from bitdistiller_peft.calibration.sweep import Sweep, segments
+from bitdistiller_peft.calibration.texts import fingerprint, token_windows
+from bitdistiller_peft.errors import ConfigError
+
+
+def calibrate(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Iterable[str] | Tensor,
+    *,
+    method: str = "clip",
+    num_samples: int = 128,
+    seq_len: int = 512,
+    batch_size: int | None = None,
+    show_progress: bool = True,
+    output_path: str | Path | None = None,
+    **options: Any,
+) -> CalibrationResult:
+    """Fit the student to a calibration text before it is trained.
+
+    `method="clip"` chooses, for every output channel and group, the range between shrunk ends that disturbs the
+    layer's output least; layers are done front to back, each on inputs made by the calibrated ones before it.
+    `method="blockwise"` goes on from there and trains the weights and scales of one decoder block after the other to
+    reproduce the output of the full-precision block.
+
+    The teacher (the base weights), train mode, `requires_grad` and random states are as before. A clip search that
+    is interrupted leaves the model as it was. An interrupted block-wise run keeps the blocks that are finished; the
+    one at work goes back to what it was.
+
+    Args:
+        model: the `PeftModel` from `get_bitdistiller_model`; its active adapter is calibrated, in place.
+        tokenizer: the model's tokenizer; `None` for token ids.
+        texts: calibration texts, joined and cut into windows in the order given; or token ids `[samples, seq_len]`.
+        method: `"clip"` or `"blockwise"`.
+        num_samples: windows at most.
+        seq_len: tokens in a window.
+        batch_size: windows run at once; for `"blockwise"` also those of one training step. By default 8 for `"clip"`
+            and 1 for `"blockwise"`.
+        show_progress: show a bar with the time left.
+        output_path: also save the result there, see `CalibrationResult.save`.
+        options: the fields of `ClipOptions`, or of `BlockwiseOptions`, e.g. `skip=("q_proj", "k_proj")`.
+
+    Returns:
+        The result; `print` it for a table of errors, layer by layer.
+
+    Raises:
+        StateError: not such a model, or its adapter is merged or disabled.
+        DataError: too little text, or activations that are not finite; the layer is named.
+        ConfigError, UnknownNameError: an option outside its rule.
+        WeightError: a weight that cannot be quantized; the layer is named.
+        TrainingError: a block's loss is not finite; the block is named.
+
+    Example:
+        >>> result = calibrate(model, tokenizer, texts, num_samples=64)  # doctest: +SKIP
+        >>> print(result)  # doctest: +SKIP
+    """
+    chosen = make_options(method, options)
+    base, slots = find_student(model)
+    chosen.check_skip([slot.layer_name for slot in slots])
+    windows = token_windows(texts, tokenizer, num_samples, seq_len)
+    _check_length(base, windows.shape[1])
+    batches = _batches(windows, batch_size, method, slots[0].weight.device)
+    run = _reconstruct if isinstance(chosen, BlockwiseOptions) else _clip
+    with _borrowed(model), tqdm(total=len(slots), desc="Calibrating", unit="layer", disable=not show_progress) as bar:
+
+        def advance(name: str) -> None:
+            bar.set_postfix_str(name, refresh=False)
+            bar.update()
+
+        sweep, blocks = run(base, slots, batches, chosen, advance)
+    result = _result(sweep, slots, blocks, method, windows)
+    if output_path is not None:
+        result.save(output_path)
+    return result
+
+
+def _clip(
+    base: nn.Module, slots: list[Slot], batches: list[Tensor], options: ClipOptions, advance: Callable[[str], None]
+) -> tuple[Sweep, list[BlockReport]]:
+    with Display() as display:
+        sweep = Sweep(options, len(batches), display, advance)
+        for _ in segments(base, slots, batches, sweep):
+            display.clear()
+    for slot in slots:
+        found = sweep.findings[slot.name]
+        if found.low is not None and found.high is not None:
+            slot.set_range(found.low, found.high, clip_weight=options.clip_weights)
+    return sweep, []
+
+
+def _reconstruct(
+    base: nn.Module, slots: list[Slot], batches: list[Tensor], options: Any, advance: Callable[[str], None]
+) -> tuple[Sweep, list[BlockReport]]:
+    with Display() as display:
+        sweep = Sweep(options, len(batches), display, advance)
+        return sweep, list(reconstruct(base, slots, batches, sweep, options))
+
+
+def _result(
+    sweep: Sweep, slots: list[Slot], blocks: list[BlockReport], method: str, windows: Tensor
+) -> CalibrationResult:
+    by_name = {slot.name: slot for slot in slots}
+    findings = sweep.findings
+    reports = [
+        LayerReport(name, f.error_before, f.error_after, f.shrink_low, f.shrink_high, f.seconds, f.note)
+        for name, f in findings.items()
+    ]
+    ranges = {n: (f.low, f.high) for n, f in findings.items() if f.low is not None and f.high is not None}
+    data = {"num_samples": windows.shape[0], "seq_len": windows.shape[1], "tokens_sha256": fingerprint(windows)}
+    specs = {name: by_name[name].spec.to_dict() for name in ranges}
+    return CalibrationResult(method, reports, ranges, specs, data, blocks, sweep.options.clip_weights)
+
+
+def _check_length(base: nn.Module, seq_len: int) -> None:
+    longest = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    if isinstance(longest, int) and seq_len > longest:
+        raise ConfigError(f"`seq_len` must be at most {longest} for this model: got seq_len={seq_len}.")
+
+
+def _batches(windows: Tensor, batch_size: int | None, method: str, device: torch.device) -> list[Tensor]:
+    if batch_size is None:
+        batch_size = 8 if method == "clip" else 1
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ConfigError(f"`batch_size` must be a positive integer: got batch_size={batch_size!r}. Use 8.")
+    return list(torch.split(windows.to(device), batch_size))
+
+
+@contextmanager
+def _borrowed(model: nn.Module) -> Iterator[None]:
+    """Put a model into eval mode and give it back, module by module, as it was; `requires_grad` too."""
+    modes = [(module, module.training) for module in model.modules()]
+    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        for parameter, flag in trained:
+            parameter.requires_grad_(flag)
+
+
+__all__: Sequence[str] = ["calibrate"]

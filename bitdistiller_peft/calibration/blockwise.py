@@ -1,0 +1,224 @@
+"""Block-wise reconstruction: each decoder block is trained, alone, to do what the full-precision block does.
+
+A block is small enough to train on a few thousand tokens, and what it must produce is known exactly, so this brings a
+2-bit student most of the way before the first step of distillation. Block k receives what the finished student blocks
+before it produce, hence learns to make up for their errors; its target is the output of the full-precision block, by
+default on full-precision inputs.
+
+Source: the idea of training weights and quantization parameters together, block by block, is EfficientQAT's Block-AP
+(arXiv 2407.11062), section 3.2. Differences: the clip search comes first, and the targets come from the
+full-precision prefix.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from bitdistiller_peft.calibration.blocks import BlockRunner
+from bitdistiller_peft.calibration.options import BlockwiseOptions
+from bitdistiller_peft.calibration.result import BlockReport
+from bitdistiller_peft.calibration.slots import Display, Slot, full_precision
+from bitdistiller_peft.calibration.sweep import Finding, Segment, Sweep, blocks_to_visit, sort_by_block
+from bitdistiller_peft.errors import StateError, TrainingError
+from bitdistiller_peft.layers import SCALE, SCALE_NEGATIVE, ZERO_POINT
+
+ZERO_POINT_RATE = 10.0  # zero points are counted in steps, of which a scale is one
+
+
+def reconstruct(
+    model: nn.Module, slots: list[Slot], batches: Sequence[Tensor], sweep: Sweep, options: BlockwiseOptions
+) -> Iterator[BlockReport]:
+    """Calibrate and train block after block, in place.
+
+    Args:
+        model: the transformers model with overlays in it, in eval mode.
+        slots: the quantized parameters.
+        batches: token ids; one batch is one training step.
+        sweep: the clip search.
+        options: how to train.
+
+    Yields:
+        A report for each block.
+
+    Raises:
+        StateError: the model cannot be run block by block.
+        TrainingError: a loss is not finite; the block is named and is as it was.
+    """
+    runner = BlockRunner.create(model, [slot.layer for slot in slots], batches[0])
+    if runner is None:
+        raise StateError(
+            f"the model must run block by block: {type(model).__name__} does not. Use method='clip', which needs not."
+        )
+    by_block, outside = sort_by_block(runner.names, slots)
+    before = Segment("before the blocks", outside, lambda index: runner.run_before(batches[index]))
+    outside = sweep.search(before)
+    with full_precision(model):
+        targets = runner.record(batches)
+    hidden = runner.record(batches)
+    for number in blocks_to_visit(by_block, outside):
+        work = _Block(runner, number, by_block[number], hidden, targets)
+        if work.slots:
+            yield work.reconstruct(sweep, options)
+        else:
+            work.pass_by(options)
+    # the head, if it is quantized, by the clip search alone
+    after = Segment("after the blocks", outside, lambda index: runner.run_after(batches[index], hidden[index]))
+    sweep.give_up(sweep.search(after))
+
+
+class _Block:
+    """One block at work. `hidden` and `targets` are moved on in place, from what enters the block to what leaves it."""
+
+    def __init__(
+        self, runner: BlockRunner, number: int, slots: list[Slot], hidden: list[Tensor], targets: list[Tensor]
+    ) -> None:
+        self.block, self.name, self.slots = runner.blocks[number], runner.names[number], slots
+        self.hidden, self.targets = hidden, targets
+        self._run = partial(runner.run, number)
+        self._sample = range(0, len(hidden), max(1, len(hidden) // 16))  # enough to tell the error
+
+    def reconstruct(self, sweep: Sweep, options: BlockwiseOptions) -> BlockReport:
+        """Clip, train, and move on; on any exception the student is put back."""
+        started = time.perf_counter()
+        self._make_targets(options.targets)
+        kept = [(tensor, tensor.clone()) for slot in self.slots for tensor in slot.trained_tensors().values()]
+        try:
+            before = self._error()
+            self._clip(sweep, options)
+            clipped = self._error()
+            self._train(options)
+            after = self._error()
+        except BaseException:
+            with torch.no_grad():
+                for tensor, copy in kept:
+                    tensor.copy_(copy)
+            raise
+        self._move_on()
+        return BlockReport(self.name, before, clipped, after, time.perf_counter() - started)
+
+    def pass_by(self, options: BlockwiseOptions) -> None:
+        """Move on through a block without quantized parameters."""
+        self._make_targets(options.targets)
+        self._move_on()
+
+    @torch.no_grad()
+    def _make_targets(self, source: str) -> None:
+        entering = self.targets if source == "full" else self.hidden
+        with full_precision(self.block), _fast_dtype(self.hidden[0]):
+            for index, states in enumerate(entering):
+                self.targets[index] = self._run(index, states)
+
+    @torch.no_grad()
+    def _error(self) -> float:
+        """Squared error of the block's output relative to its target, on some of the batches."""
+        error = energy = 0.0
+        with self._quantized_once(), _fast_dtype(self.hidden[0]):
+            for index in self._sample:
+                target = self.targets[index].float()
+                error += float(F.mse_loss(self._run(index, self.hidden[index]).float(), target, reduction="sum"))
+                energy += float(target.square().sum())
+        return error / max(energy, torch.finfo(torch.float32).tiny)
+
+    def _clip(self, sweep: Sweep, options: BlockwiseOptions) -> None:
+        if not options.clip_search:
+            sweep.findings.update({slot.name: Finding(note="not searched") for slot in self.slots})
+            for slot in self.slots:
+                sweep.on_slot(slot.name)
+            return
+        segment = Segment(self.name, self.slots, lambda index: self._run(index, self.hidden[index]))
+        sweep.give_up(sweep.search(segment))
+        sweep.display.clear()
+        for slot in self.slots:
+            found = sweep.findings[slot.name]
+            if found.low is not None and found.high is not None:
+                slot.set_range(found.low, found.high, clip_weight=options.clip_weights)
+
+    def _train(self, options: BlockwiseOptions) -> None:
+        groups = _parameter_groups(self.slots, options)
+        self.block.requires_grad_(False)
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        steps = options.epochs * len(self.hidden)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps, warmup=options.warmup))
+        order = torch.Generator().manual_seed(options.seed)
+        for _ in range(options.epochs):
+            for index in torch.randperm(len(self.hidden), generator=order).tolist():
+                loss = self._loss(index)
+                if not math.isfinite(float(loss.detach())):
+                    raise TrainingError(
+                        f"the loss must stay finite: it is {float(loss)} in block {self.name!r}. Lower learning_rate "
+                        "and scale_learning_rate."
+                    )
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                schedule.step()
+        for group in groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+
+    def _loss(self, index: int) -> Tensor:
+        target = self.targets[index].float()
+        with torch.enable_grad(), _fast_dtype(target):
+            output = self._run(index, self.hidden[index])
+        return F.mse_loss(output.float(), target)
+
+    @torch.no_grad()
+    def _move_on(self) -> None:
+        with self._quantized_once(), _fast_dtype(self.hidden[0]):
+            for index, states in enumerate(self.hidden):
+                self.hidden[index] = self._run(index, states)
+
+    @contextmanager
+    def _quantized_once(self) -> Iterator[None]:
+        """Quantize each weight once, not once a batch."""
+        with Display() as display, torch.no_grad():
+            for slot in self.slots:
+                display.show(slot, slot.student())
+            yield
+
+
+def _parameter_groups(slots: Sequence[Slot], options: BlockwiseOptions) -> list[dict[str, Any]]:
+    rates = {
+        "": options.learning_rate,
+        SCALE: options.scale_learning_rate,
+        SCALE_NEGATIVE: options.scale_learning_rate,
+        ZERO_POINT: options.scale_learning_rate * ZERO_POINT_RATE,
+    }
+    groups: list[dict[str, Any]] = []
+    for suffix, rate in rates.items():
+        found = [getattr(slot.student, "weight" + suffix, None) for slot in slots]
+        parameters = [tensor for tensor in found if isinstance(tensor, nn.Parameter)]
+        if parameters and rate > 0:
+            groups.append({"params": parameters, "lr": rate})
+    return groups
+
+
+def _rate(step: int, *, steps: int, warmup: float) -> float:
+    """Linear warm-up, then a cosine to zero."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return (step + 1) / rising
+    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def _fast_dtype(like: Tensor) -> AbstractContextManager[object]:
+    """bf16 autocast where the machine multiplies bf16 natively and the model is fp32."""
+    device = like.device.type
+    if device == "cpu":
+        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+        is_fast = probe is not None and bool(probe())
+    else:
+        is_fast = device == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.autocast(device, torch.bfloat16) if is_fast and like.dtype == torch.float32 else nullcontext()

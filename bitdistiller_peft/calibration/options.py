@@ -1,0 +1,151 @@
+"""What can be asked of each method, checked when it is said."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from bitdistiller_peft.calibration.clip import FACTORS
+from bitdistiller_peft.errors import ConfigError, UnknownNameError
+
+METHODS = ("blockwise", "clip")
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """Options of the asymmetric clip search.
+
+    Args:
+        objective: what is minimised for each output channel and group: `"output"`, the error of the layer's output on
+            the calibration text, or `"weight"`, the error of the weights, which needs no text and is far worse at
+            2 bits.
+        factors: what the two ends of each group's min-max range are multiplied by; every pair is tried. All in
+            (0, 1], with 1 among them. `[1 - i / 40 for i in range(20)]` is a finer grid than the default.
+        skip: layers that keep min-max, by the end of their names, e.g. `("q_proj", "k_proj")` as published.
+        inputs: what the layers before a layer compute with when its inputs are looked at: `"quantized"` weights,
+            as they will, or `"clipped"` full-precision ones, as published.
+        order: `"layer"` looks at the inputs of a layer once all layers before it are calibrated; `"block"` looks at
+            all layers of a decoder block at once, as published.
+        clip_weights: with learned scales, also clamp the master weights to the outermost levels; this changes no
+            quantized value, but clamped weights receive gradients again. Without learned scales they always are.
+
+    Raises:
+        ConfigError: a value outside its rule.
+    """
+
+    objective: Literal["output", "weight"] = "output"
+    factors: Sequence[float] = FACTORS
+    skip: Iterable[str] = ()
+    inputs: Literal["quantized", "clipped"] = "quantized"
+    order: Literal["layer", "block"] = "layer"
+    clip_weights: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value and bring sequences into one form."""
+        for name, known in (
+            ("objective", ("output", "weight")),
+            ("inputs", ("quantized", "clipped")),
+            ("order", ("layer", "block")),
+        ):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, getattr(self, name), known)
+        object.__setattr__(self, "factors", _checked_factors(self.factors))
+        if isinstance(self.skip, str):
+            raise ConfigError(f"`skip` must be a list of names: got skip={self.skip!r}. Pass ({self.skip!r},).")
+        object.__setattr__(self, "skip", tuple(self.skip))
+
+    def skips(self, layer_name: str) -> bool:
+        """Whether a layer keeps min-max."""
+        return any(_matches(name, layer_name) for name in self.skip)
+
+    def check_skip(self, layer_names: Iterable[str]) -> None:
+        """Refuse names in `skip` that fit no layer.
+
+        Raises:
+            ConfigError: there is one.
+        """
+        names = list(layer_names)
+        for pattern in self.skip:
+            if not any(_matches(pattern, name) for name in names):
+                endings = sorted({name.rpartition(".")[2] for name in names})
+                raise ConfigError(
+                    f"`skip` must name quantized layers: got {pattern!r}, and the layers end in {endings}."
+                )
+
+
+@dataclass(frozen=True)
+class BlockwiseOptions(ClipOptions):
+    """Options of block-wise reconstruction; those of the clip search, which comes first in every block, included.
+
+    Args:
+        epochs: passes over the samples, for each block; 0 leaves it at the clip search.
+        learning_rate: of the master weights (AdamW, no weight decay).
+        scale_learning_rate: of learned scales; zero points move at ten times this rate, in code steps.
+        targets: what a block is to reproduce: the output of the full-precision block on `"full"` precision inputs, or
+            on the `"quantized"` ones that it itself receives.
+        clip_search: start each block from the clip search; else from the student as it is.
+        warmup: share of the steps with a rising learning rate; a cosine to zero follows.
+        seed: order of the samples.
+    """
+
+    epochs: int = 2
+    learning_rate: float = 2e-4
+    scale_learning_rate: float = 1e-3
+    targets: Literal["full", "quantized"] = "full"
+    clip_search: bool = True
+    warmup: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        if self.targets not in ("full", "quantized"):
+            raise UnknownNameError("targets", self.targets, ("full", "quantized"))
+        if not isinstance(self.epochs, int) or self.epochs < 0:
+            raise ConfigError(f"`epochs` must be a whole number of at least 0: got epochs={self.epochs!r}. Use 2.")
+        for name in ("learning_rate", "scale_learning_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"`{name}` must lie in [0, 1): got {name}={getattr(self, name)!r}. Use 1e-4.")
+        if not 0 <= self.warmup < 1:
+            raise ConfigError(f"`warmup` must lie in [0, 1): got warmup={self.warmup!r}. Use 0.05.")
+
+
+def make_options(method: str, values: dict[str, Any]) -> ClipOptions:
+    """Build the options of a method.
+
+    Args:
+        method: `"clip"` or `"blockwise"`.
+        values: options by name.
+
+    Raises:
+        UnknownNameError: no such method or option.
+        ConfigError: a value outside its rule.
+    """
+    match method:
+        case "clip":
+            kind: type[ClipOptions] = ClipOptions
+        case "blockwise":
+            kind = BlockwiseOptions
+        case _:
+            raise UnknownNameError("method", method, METHODS)
+    known = [field.name for field in fields(kind)]
+    for name in values:
+        if name not in known:
+            raise UnknownNameError("option", name, known)
+    return kind(**values)
+
+
+def _checked_factors(values: Sequence[float]) -> tuple[float, ...]:
+    try:
+        factors = tuple(sorted({float(value) for value in values}, reverse=True))
+    except (TypeError, ValueError):
+        raise ConfigError(f"`factors` must be numbers: got factors={values!r}. Use e.g. (1.0, 0.9, 0.8).") from None
+    if not factors or factors[0] != 1 or factors[-1] <= 0:
+        raise ConfigError(f"`factors` must lie in (0, 1], with 1 among them: got factors={list(factors)}.")
+    return factors
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return re.search(rf"(^|\.)(?:{pattern})$", name) is not None

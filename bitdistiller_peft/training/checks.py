@@ -1,0 +1,113 @@
+"""What is refused before the first step, each with what to do instead."""
+
+from __future__ import annotations
+
+from collections.abc import Sized
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import nn
+
+from bitdistiller_peft.errors import ConfigError, DataError
+from bitdistiller_peft.losses import IGNORE_INDEX
+from bitdistiller_peft.training.config import DistillConfig
+from bitdistiller_peft.training.metrics import trained_weights
+
+_SAMPLED_WEIGHTS = 16
+
+
+def check_dataset(dataset: Any, name: str = "train_dataset") -> None:
+    """Refuse a dataset without a single example.
+
+    Raises:
+        DataError: it is missing or empty.
+    """
+    if dataset is None or (isinstance(dataset, Sized) and len(dataset) == 0):
+        raise DataError(f"`{name}` must hold examples: got {'None' if dataset is None else 'an empty dataset'}.")
+
+
+def check_targets(dataset: Any) -> None:
+    """Refuse prepared data in which nothing is to be learned.
+
+    Args:
+        dataset: as `SFTTrainer` prepared it; streams are not looked at.
+
+    Raises:
+        DataError: no example has a target token.
+    """
+    if not isinstance(dataset, Sized):
+        return
+    columns = getattr(dataset, "column_names", None) or []
+    if len(dataset) and "labels" not in columns:
+        return  # made by the collator
+    has_target = any(any(label != IGNORE_INDEX for label in row["labels"][1:]) for row in dataset)  # type: ignore[attr-defined]
+    if not has_target:
+        raise DataError(
+            "`train_dataset` must hold target tokens: got none in any example after tokenizing, masking and cutting "
+            "to max_length. Raise max_length (prompts may fill it), or check completions and labels."
+        )
+
+
+def check_student(model: nn.Module) -> None:
+    """Refuse a student that is not quantized, or whose quantized weights are frozen or merged.
+
+    Raises:
+        ConfigError: it would train something else than a quantized model.
+    """
+    if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+        raise ConfigError("`model` must not use prompt learning: its virtual tokens would put the teacher out of step.")
+    weights = trained_weights(model)
+    if not weights:
+        raise ConfigError(
+            f"`model` must have fake-quantized weights in force: got {type(model).__name__} with none. Build it with "
+            "get_bitdistiller_model(model, config), and do not merge or disable the adapter before training."
+        )
+    if not any(parameter.requires_grad for module, _, _ in weights for parameter in module.parameters(recurse=False)):
+        raise ConfigError(
+            "`model` must have trainable quantized weights: all are frozen. Load the adapter with is_trainable=True."
+        )
+
+
+def check_master_dtype(model: nn.Module, args: DistillConfig) -> None:
+    """Refuse half-precision master weights that the learning rate cannot move.
+
+    An Adam step is about as large as the learning rate. Added to a bf16 weight `w`, it is rounded away where it is
+    smaller than half a step of the format, `|w| * 2**-8` at most.
+
+    Raises:
+        ConfigError: half the weights could not move; the smallest learning rate that works is named.
+    """
+    masters = [getattr(module, name) for module, name, _ in trained_weights(model)]
+    half = [p for p in masters if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+    if not half:
+        return
+    step = max(1, len(half) // _SAMPLED_WEIGHTS)
+    sample = torch.cat([p.detach().float().abs().flatten()[:: max(1, p.numel() // 4096)].cpu() for p in half[::step]])
+    smallest = float(sample.median()) * torch.finfo(half[0].dtype).eps / 2
+    if args.learning_rate < smallest:
+        raise ConfigError(
+            f"`learning_rate` must be at least {smallest:.1e} for master weights in {half[0].dtype}: got "
+            f"learning_rate={args.learning_rate:.1e}. Most updates would be rounded away. Use master_dtype='float32' "
+            "(and leave PEFT's autocast_adapter_dtype on), which works at any learning rate."
+        )
+
+
+def check_parallelism(accelerator: Accelerator, *, is_self_teacher: bool) -> None:
+    """Refuse ways to spread a model that the loss cannot follow.
+
+    Raises:
+        ConfigError: context, sequence or tensor parallelism, or ZeRO-3.
+    """
+    parallelism = getattr(accelerator, "parallelism_config", None)
+    for name in ("cp", "sp", "tp"):
+        if parallelism is not None and getattr(parallelism, f"{name}_enabled", False):
+            raise ConfigError(
+                f"`parallelism_config` must not split sequences or layers: got {name}_size="
+                f"{getattr(parallelism, f'{name}_size', None)}. Use data parallelism or FSDP."
+            )
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    if plugin is not None and plugin.zero_stage == 3:
+        advice = "Use FSDP2, or ZeRO-2." if is_self_teacher else "Use teacher='self' under FSDP2, or ZeRO-2."
+        raise ConfigError(f"DeepSpeed ZeRO stage 3 is not supported: got zero_stage=3. {advice}")

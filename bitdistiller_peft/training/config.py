@@ -1,0 +1,181 @@
+"""`DistillConfig`: everything that `SFTConfig` says about data and training, and what to minimize."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+from trl import SFTConfig
+
+from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.losses import Objective
+
+ESTIMATE = "estimate"
+PER_TOKEN = "per_token"
+
+
+@dataclass
+class DistillConfig(SFTConfig):
+    """Configuration of `DistillTrainer`: an `SFTConfig` with another loss.
+
+    Args:
+        loss_type: `"cakld"`, `"forward_kl"`, `"reverse_kl"`, `"jsd"`, `"ce"`, a registered divergence, or `"mixture"`.
+        gamma: CAKLD's coefficient, the share of reverse KL: a number in [0, 1]; `"estimate"` for the teacher's mean
+            probability of the target tokens, measured before the first step; `"per_token"` for its probability of
+            each target token in turn. Losses without a `cakld` part ignore `"estimate"`.
+        gamma_num_batches: how many training batches the estimate looks at.
+        loss_weights: for `loss_type="mixture"`: part to weight, e.g. ``{"cakld": 1.0, "ce": 0.1}``.
+        ce_weight: how much cross-entropy with the labels to add to the loss.
+        temperature: logits of both sides are divided by it before they are compared.
+        rescale_temperature: multiply divergences by the square of the temperature.
+        jsd_beta: the teacher's share of the mixture in `"jsd"`.
+        loss_tile_tokens: tokens whose logits are held at once; `None` lets the vocabulary decide.
+        teacher: `"self"` for the student's own frozen full-precision weights, or the path or Hub name of a model.
+        teacher_init_kwargs: passed to `from_pretrained` where the teacher is a path or name.
+        scale_learning_rate: learning rate of learned scales; `None` for `learning_rate`. They get no weight decay.
+        zero_point_learning_rate: learning rate of learned zero points; `None` for `learning_rate`. No weight decay.
+        log_flip_rate: log the share of codes that changed since the last log.
+        flip_rate_layers: how many quantized weights that share is measured on, evenly spread; `-1` for all.
+
+    Raises:
+        ConfigError: a setting that cannot work; the message says what would.
+        UnknownNameError: a loss that nobody registered.
+
+    Example:
+        >>> DistillConfig("out", gamma=0.4, use_cpu=True, bf16=False).loss_type
+        'cakld'
+    """
+
+    loss_type: str = field(
+        default="cakld",
+        metadata={"help": "'cakld', 'forward_kl', 'reverse_kl', 'jsd', 'ce', a registered divergence, or 'mixture'."},
+    )
+    # With three members, HfArgumentParser reads the command line as text; __post_init__ makes numbers of it.
+    gamma: float | str | None = field(
+        default=ESTIMATE, metadata={"help": "Share of reverse KL in CAKLD: 'estimate', 'per_token', or 0 to 1."}
+    )
+    gamma_num_batches: int = field(default=16, metadata={"help": "Training batches that the estimate looks at."})
+    loss_weights: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "Part to weight, for loss_type 'mixture', as JSON on the command line."}
+    )
+    ce_weight: float = field(default=0.0, metadata={"help": "Cross-entropy with the labels to add to the loss."})
+    temperature: float = field(default=1.0, metadata={"help": "Divides both sides' logits before comparison."})
+    rescale_temperature: bool = field(
+        default=True, metadata={"help": "Multiply divergences by the square of the temperature."}
+    )
+    jsd_beta: float = field(default=0.5, metadata={"help": "The teacher's share of the mixture in 'jsd'."})
+    loss_tile_tokens: int | None = field(
+        default=None, metadata={"help": "Tokens whose logits are held at once; by default the vocabulary decides."}
+    )
+    teacher: str = field(default="self", metadata={"help": "'self', or the path or Hub name of a model."})
+    teacher_init_kwargs: dict[str, Any] | str | None = field(
+        default=None, metadata={"help": "For from_pretrained of the teacher, as JSON on the command line."}
+    )
+    scale_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of learned scales; learning_rate by default."}
+    )
+    zero_point_learning_rate: float | None = field(
+        default=None, metadata={"help": "Learning rate of learned zero points; learning_rate by default."}
+    )
+    log_flip_rate: bool = field(default=True, metadata={"help": "Log the share of codes that changed."})
+    flip_rate_layers: int = field(
+        default=8, metadata={"help": "Quantized weights that the flip rate is measured on; -1 for all."}
+    )
+
+    def __post_init__(self) -> None:
+        """Check everything that can be checked without a model."""
+        super().__post_init__()
+        self.gamma = _as_gamma(self.gamma)
+        self.loss_weights = _as_dict("loss_weights", self.loss_weights)
+        self.teacher_init_kwargs = _as_dict("teacher_init_kwargs", self.teacher_init_kwargs)
+        self.objective(0.5)
+        faults = [*self._range_faults(), *self._unsupported_faults()]
+        if faults:
+            raise ConfigError("\n".join(faults))
+
+    @property
+    def teacher_kwargs(self) -> dict[str, Any]:
+        """`teacher_init_kwargs`, as a dictionary in any case."""
+        return self.teacher_init_kwargs if isinstance(self.teacher_init_kwargs, dict) else {}
+
+    @property
+    def uses_gamma(self) -> bool:
+        """Whether the loss has a `cakld` part."""
+        return self.loss_type == "cakld" or (self.loss_type == "mixture" and "cakld" in (self.loss_weights or {}))
+
+    def objective(self, estimate: float | None) -> Objective:
+        """Build what the loss functions take.
+
+        Args:
+            estimate: the estimated gamma, used where `gamma` is `"estimate"`.
+        """
+        gamma = estimate if self.gamma == ESTIMATE else self.gamma
+        return Objective(
+            self.loss_type,
+            gamma=None if self.gamma == ESTIMATE and not self.uses_gamma else gamma,  # type: ignore[arg-type]
+            temperature=self.temperature,
+            rescale_temperature=self.rescale_temperature,
+            ce_weight=self.ce_weight,
+            jsd_beta=self.jsd_beta,
+            weights=self.loss_weights if isinstance(self.loss_weights, dict) else None,
+        )
+
+    def _range_faults(self) -> list[str]:
+        faults = [
+            f"`{name}` must be a positive integer{also}: got {name}={value!r}."
+            for name, value, also in (
+                ("gamma_num_batches", self.gamma_num_batches, ""),
+                ("loss_tile_tokens", self.loss_tile_tokens, " or None"),
+                ("flip_rate_layers", None if self.flip_rate_layers == -1 else self.flip_rate_layers, " or -1 for all"),
+            )
+            if value is not None and value < 1
+        ]
+        return faults + [
+            f"`{name}` must not be negative: got {name}={value!r}. Use None for learning_rate, 0.0 to freeze."
+            for name, value in (
+                ("scale_learning_rate", self.scale_learning_rate),
+                ("zero_point_learning_rate", self.zero_point_learning_rate),
+            )
+            if value is not None and not value >= 0
+        ]
+
+    def _unsupported_faults(self) -> list[str]:
+        refused = {
+            "use_liger_kernel": (self.use_liger_kernel, "It would replace the forward that computes the loss."),
+            "label_smoothing_factor": (self.label_smoothing_factor != 0, "The teacher's distribution takes its place."),
+            "router_aux_loss_coef": (bool(self.router_aux_loss_coef), "Routers stay frozen; nothing is to be steered."),
+            "average_tokens_across_devices": (
+                not self.average_tokens_across_devices,
+                "The loss is a mean over the tokens of all devices; set it to True.",
+            ),
+        }
+        return [
+            f"`{name}` is not supported: got {name}={getattr(self, name)!r}. {why}"
+            for name, (is_set, why) in refused.items()
+            if is_set
+        ]
+
+
+def _as_gamma(gamma: object) -> float | str:
+    if gamma is None:
+        return ESTIMATE
+    if gamma in (ESTIMATE, PER_TOKEN):
+        return str(gamma)
+    try:
+        return float(gamma)  # type: ignore[arg-type]
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"`gamma` must be 'estimate', 'per_token' or a number in [0, 1]: got gamma={gamma!r}. Use 'estimate'."
+        ) from None
+
+
+def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | None:
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ConfigError(f"`{name}` must be JSON: got {name}={value!r} ({error}).") from None
+    if value is not None and not isinstance(value, dict):
+        raise ConfigError(f"`{name}` must be a dictionary: got {name}={value!r}.")
+    return value

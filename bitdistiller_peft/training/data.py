@@ -1,0 +1,263 @@
+"""Training text that the teacher wrote itself: what BitDistiller trains on, instead of somebody else's answers."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from bitdistiller_peft._version import library_version
+from bitdistiller_peft.errors import StateError
+from bitdistiller_peft.layers import iter_quantized
+from bitdistiller_peft.training.teacher_data_prompts import (
+    Prompt,
+    check_lengths,
+    fingerprint_prompts,
+    fingerprint_tokenizer,
+    prepare_prompts,
+)
+from bitdistiller_peft.training.teacher_data_sampling import Answer, Sampling, answer_batch, stop_and_pad_ids
+from bitdistiller_peft.training.teacher_data_store import Row, TeacherDataStore, read_finished
+from bitdistiller_peft.training.teachers import full_precision
+from bitdistiller_peft.tuner import BitDistillerLayer
+
+logger = logging.getLogger(__name__)
+
+_SAMPLED_PER_TENSOR = 16
+
+
+def generate_teacher_data(
+    model: PreTrainedModel | PeftModel,
+    tokenizer: Any,
+    prompts: Sequence[str] | Sequence[list[dict[str, str]]],
+    *,
+    output_dir: str | os.PathLike[str] | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.7,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    batch_size: int = 8,
+    seed: int = 0,
+    chat_template: str | None = None,
+    show_progress: bool = True,
+) -> Dataset:
+    """Let the full-precision teacher answer prompts, and return the answers as training data.
+
+    The answers are sampled from the teacher's own distribution: penalties and other defaults of its generation config
+    are not applied. Every prompt has a random stream of its own, derived from `seed` and the prompt, so neither its
+    place in the list nor its neighbours' draws matter. What does matter is arithmetic: logits of a prompt differ in
+    their last digits between batches, devices and library versions, and now and then that tips a token. So the same
+    prompts in the same batches, on the same kind of device, with the same versions and number of threads, give the same
+    bytes; anything else mostly the same answers.
+
+    With `output_dir`, every batch is on disk before the next one starts. After a kill, a crash or Ctrl-C, the same call
+    goes on where it stopped and ends with the same rows; a call with another model, prompts or settings is refused.
+    A finished folder is returned as it is.
+
+    Args:
+        model: the teacher, or a `PeftModel` of ours: its adapters are then off, and it is given back as it was.
+        tokenizer: the teacher's tokenizer; it is not changed, and needs no padding token.
+        prompts: texts to continue, or lists of messages to answer; not both.
+        output_dir: a folder for ``teacher_data.jsonl`` and ``manifest.json``; `None` keeps all in memory.
+        max_new_tokens: what an answer may take. Prompt and answer must fit the teacher's context.
+        temperature: of the sampling; 0 takes the likeliest token.
+        top_p: sample among the likeliest tokens of this joint probability.
+        top_k: sample among this many likeliest tokens; 0 for all.
+        batch_size: prompts answered together.
+        seed: another seed gives other answers.
+        chat_template: for messages, a template in place of the tokenizer's own.
+        show_progress: show a progress bar.
+
+    Returns:
+        One row per prompt, in order. ``prompt`` and ``completion`` are what TRL's `SFTTrainer` takes: texts for texts,
+        messages for messages. Beside them: ``num_tokens`` of the answer, its end included; ``finish_reason``,
+        ``"eos"`` or ``"length"``; ``prompt_id``, the prompt's place. An answer that was cut off at ``"length"`` may end
+        mid-word (not mid-character): leave such rows out where an end of sequence would be trained on.
+
+    Raises:
+        ConfigError: a setting that cannot work, or `output_dir` holds something else.
+        DataError: no prompts, an empty, malformed or too long one (named), or messages without a chat template.
+        StateError: the model is quantized, or its adapter is merged.
+        CheckpointError: damaged files in `output_dir`.
+        TrainingError: the teacher's logits are NaN.
+
+    Source:
+        Du et al., BitDistiller (arXiv 2402.10631): temperature 0.7, top_p 1, 1024 new tokens, some 8,000 prompts.
+
+    Example:
+        >>> data = generate_teacher_data(model, tokenizer, prompts, output_dir="teacher-data")  # doctest: +SKIP
+        >>> data.to_parquet("teacher-data.parquet")  # doctest: +SKIP
+    """
+    sampling = Sampling(max_new_tokens, temperature, top_p, top_k, batch_size, seed, chat_template)
+    _check_teacher(model)
+    base: PreTrainedModel = model.get_base_model() if isinstance(model, PeftModel) else model
+    prepared = prepare_prompts(tokenizer, prompts, seed=seed, chat_template=chat_template)
+    check_lengths(prepared, max_new_tokens, getattr(base.config.get_text_config(), "max_position_embeddings", None))
+    folder = None if output_dir is None else Path(output_dir)
+    store = TeacherDataStore(folder, _identity(base, tokenizer, prepared, sampling), _provenance(base), batch_size)
+    with _as_teacher(model):
+        _answer_all(base, tokenizer, prepared, sampling, store, show_progress)
+    store.finish()
+    return Dataset.from_list(store.rows)
+
+
+def load_teacher_data(output_dir: str | os.PathLike[str]) -> Dataset:
+    """Read what `generate_teacher_data` wrote, without the teacher.
+
+    Args:
+        output_dir: the folder that was given to it.
+
+    Raises:
+        StateError: the data are not complete yet.
+        CheckpointError: the folder holds no teacher data, or damaged files.
+    """
+    return Dataset.from_list(read_finished(Path(output_dir)))
+
+
+def _answer_all(
+    base: PreTrainedModel,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    store: TeacherDataStore,
+    show_progress: bool,
+) -> None:
+    done, num_tokens, start = len(store.rows), 0, time.perf_counter()
+    stop_ids, pad_id = stop_and_pad_ids(base, tokenizer)
+    bar = tqdm(total=len(prompts), initial=done, desc="Teacher data", unit="prompt", disable=not show_progress)
+    try:
+        for first in range(done, len(prompts), sampling.batch_size):
+            batch = prompts[first : first + sampling.batch_size]
+            answers = answer_batch(base, batch, sampling, stop_ids, pad_id)
+            store.append([_row(tokenizer, *pair) for pair in zip(batch, answers, strict=True)])
+            num_tokens += sum(len(answer.ids) for answer in answers)
+            bar.set_postfix_str(f"{num_tokens / (time.perf_counter() - start):.0f} tokens/s", refresh=False)
+            bar.update(len(batch))
+    except KeyboardInterrupt:
+        kept = f"{len(store.rows)} of {len(prompts)} rows are in {store.folder}; the same call goes on from there"
+        logger.warning("Interrupted: %s.", kept if store.folder else "nothing is kept without output_dir")
+        raise
+    finally:
+        bar.close()
+
+
+def _row(tokenizer: Any, prompt: Prompt, answer: Answer) -> Row:
+    text = _answer_text(tokenizer, prompt.ids, answer)
+    is_text = isinstance(prompt.value, str)
+    return {
+        "prompt": prompt.value,
+        "completion": text if is_text else [{"role": "assistant", "content": text}],
+        "num_tokens": len(answer.ids),
+        "finish_reason": "eos" if answer.is_finished else "length",
+        "prompt_id": prompt.index,
+    }
+
+
+def _answer_text(tokenizer: Any, prompt_ids: list[int], answer: Answer) -> str:
+    """The answer such that prompt + answer is the whole text: decoded alone, it could lose its leading space."""
+    options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+    before = tokenizer.decode(prompt_ids, **options)
+    whole = tokenizer.decode(prompt_ids + answer.ids, **options)
+    text = whole[len(before) :] if whole.startswith(before) else tokenizer.decode(answer.ids, **options)
+    return text if answer.is_finished else text.rstrip("\ufffd")  # the first bytes of a character that was cut off
+
+
+def _check_teacher(model: nn.Module) -> None:
+    layers = [module for module in model.modules() if isinstance(module, BitDistillerLayer)]
+    if any(layer.merged for layer in layers):
+        raise StateError("the adapter must not be merged: switching it off would unmerge it. Call unmerge_adapter().")
+    if not layers and next(iter_quantized(model), None) is not None:
+        raise StateError(
+            "the teacher must be in full precision: got a packed or latent model. Load the original model instead."
+        )
+
+
+@contextmanager
+def _as_teacher(model: PreTrainedModel | PeftModel) -> Iterator[None]:
+    """Borrow a model in eval mode, without our adapters."""
+    if any(isinstance(module, BitDistillerLayer) for module in model.modules()):
+        with full_precision(model):
+            yield
+        return
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _identity(
+    base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling
+) -> Mapping[str, Any]:
+    """What the rows depend on."""
+    return {
+        "num_prompts": len(prompts),
+        "settings": dataclasses.asdict(sampling),
+        "fingerprints": {
+            "prompts": fingerprint_prompts(prompts),
+            "tokenizer": fingerprint_tokenizer(tokenizer),
+            "teacher": fingerprint_weights(base),
+        },
+    }
+
+
+def _provenance(base: PreTrainedModel) -> dict[str, Any]:
+    """What else is worth knowing; it may differ when a run is resumed."""
+    libraries = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return {
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "teacher": str(getattr(base.config, "_name_or_path", "")) or type(base).__name__,
+        "dtype": str(base.dtype).removeprefix("torch."),
+        "device": str(base.device),
+        "num_threads": torch.get_num_threads(),
+        "versions": {"bitdistiller_peft": library_version(), **libraries},
+    }
+
+
+def fingerprint_weights(model: nn.Module) -> str:
+    """SHA-256 of names, shapes, dtypes and a few values of every full-precision weight; the same with a student around.
+
+    Args:
+        model: a model, possibly with overlays; adapters do not count.
+    """
+    weights = {_plain_name(name): parameter for name, parameter in model.named_parameters()}
+    weights.pop("", None)
+    digest = hashlib.sha256()
+    for name, parameter in sorted(weights.items(), key=lambda item: item[0]):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(_some_values(parameter))
+    return digest.hexdigest()
+
+
+def _plain_name(name: str) -> str:
+    """The name that a parameter has without a student around it; empty for the student's own."""
+    if ".bitdistiller_" in name or ".modules_to_save." in name:
+        return ""
+    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
+
+
+def _some_values(parameter: Tensor) -> bytes:
+    if parameter.is_meta or parameter.numel() == 0:
+        return b""
+    flat = parameter.detach().reshape(-1)
+    count = min(_SAMPLED_PER_TENSOR, len(flat))
+    picks = [index * (len(flat) - 1) // max(1, count - 1) for index in range(count)]
+    return flat[picks].double().cpu().numpy().tobytes()

@@ -1,0 +1,325 @@
+"""`DistillTrainer`: TRL's `SFTTrainer` with another loss.
+
+Data, packing, masks, checkpoints, logging and distribution are TRL's and transformers'. What is ours: a teacher, a
+loss that is computed inside the student's forward pass (`forward.py`), its normalization over all tokens of a step,
+and what is logged. Only whole public methods are overridden; `tests/training/test_contract.py` pins what they rely on.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.trainer_utils import EvalLoopOutput
+from trl import SFTTrainer
+
+from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.losses import IGNORE_INDEX, Objective
+from bitdistiller_peft.training.card import card_text
+from bitdistiller_peft.training.checks import (
+    check_dataset,
+    check_master_dtype,
+    check_parallelism,
+    check_student,
+    check_targets,
+)
+from bitdistiller_peft.training.config import ESTIMATE, DistillConfig
+from bitdistiller_peft.training.forward import (
+    DistillTarget,
+    add_distill_forward,
+    base_model_of,
+    check_forward,
+    plain_output_head,
+)
+from bitdistiller_peft.training.gamma import estimate_gamma, sample_batches
+from bitdistiller_peft.training.guard import GradientGuard, not_finite
+from bitdistiller_peft.training.metrics import FlipCounter, Meter, RunMemory, Stopwatch
+from bitdistiller_peft.training.optimizer import split_groups, without_learned
+from bitdistiller_peft.training.teachers import Teacher, build_teacher, labels_of, num_tokens, without_labels
+
+
+class DistillTrainer(SFTTrainer):
+    """Train a quantized student to say what its teacher says.
+
+    Args:
+        model: a student from `get_bitdistiller_model`, or a base model (or its path) together with `peft_config`.
+        args: a `DistillConfig`.
+        teacher: `"self"`, the path or Hub name of a model, or a loaded model, which is then frozen and set to eval
+            mode; `None` for `args.teacher`.
+        kwargs: everything else that `SFTTrainer` takes: `train_dataset`, `eval_dataset`, `processing_class`, ...
+
+    Raises:
+        ConfigError: a setting, model or teacher that cannot work; see `checks.py`.
+        DataError: a training set without examples or without target tokens.
+
+    Example:
+        >>> trainer = DistillTrainer(model, args, train_dataset=texts, processing_class=tokenizer)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
+        >>> packed = trainer.model.pack_and_unload()  # doctest: +SKIP
+    """
+
+    _tag_names = ["trl", "bitdistiller", "quantization-aware-training"]  # noqa: RUF012  (TRL's own form)
+    _name = "DistillTrainer"
+    loss_is_scaled_for_ga = True  # the loss is divided by the tokens of the whole accumulated batch
+
+    def __init__(
+        self,
+        model: nn.Module | str,
+        args: DistillConfig | None = None,
+        *,
+        teacher: str | nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = DistillConfig() if args is None else args
+        if not isinstance(args, DistillConfig):
+            raise ConfigError(f"`args` must be a DistillConfig: got {type(args).__name__}.")
+        if kwargs.get("compute_loss_func") is not None:
+            raise ConfigError("`compute_loss_func` is not supported: got one. Register a divergence instead.")
+        check_dataset(kwargs.get("train_dataset"))
+        with _as_sft(args), plain_output_head(model), _config_kept(model):
+            super().__init__(model=model, args=args, **kwargs)
+        check_targets(self.train_dataset)
+        check_student(self.model)
+        check_master_dtype(self.model, args)
+        teacher = args.teacher if teacher is None else teacher
+        check_parallelism(self.accelerator, is_self_teacher=teacher == "self")
+        base_model = base_model_of(self.model)
+        add_distill_forward(base_model)
+        self.teacher: Teacher | None = None
+        if args.objective(0.5).needs_teacher:
+            self.teacher = build_teacher(teacher, self.model, self.accelerator, args.teacher_kwargs)
+        if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
+            check_forward(base_model, self.args.device)
+        self._meters = {"train": Meter(), "eval": Meter()}
+        self._stopwatch = Stopwatch()
+        self._flips: FlipCounter | None = None
+        self._objective: Objective | None = None
+        self.add_callback(RunMemory())
+        self.add_callback(GradientGuard())
+
+    # ----------------------------------------------------------------------------------------------- what is minimized
+
+    @property
+    def memory(self) -> RunMemory:
+        """What checkpoints keep for us; looked up, since transformers may replace callbacks on resume."""
+        return next(cb for cb in self.callback_handler.callbacks if isinstance(cb, RunMemory))
+
+    @property
+    def gamma(self) -> float | str | None:
+        """CAKLD's coefficient as it is used: a number or `"per_token"`; None where the loss has none."""
+        return self.objective.gamma
+
+    @property
+    def objective(self) -> Objective:
+        """What is minimized; estimates gamma first, unless it was given or a checkpoint knows it."""
+        if self._objective is None:
+            memory = self.memory
+            if self.state.global_step > 0:
+                memory.recall(self.state.stateful_callbacks)
+            args = self.args
+            if args.uses_gamma and args.gamma == ESTIMATE and memory.gamma is None:
+                memory.gamma = self._estimate_gamma()
+            self._objective = args.objective(memory.gamma)
+        return self._objective
+
+    def _estimate_gamma(self) -> float:
+        args = self.args
+        batches = sample_batches(
+            self.train_dataset,
+            self.data_collator,
+            self.accelerator,
+            batch_size=args.per_device_train_batch_size,
+            num_batches=args.gamma_num_batches,
+            seed=args.seed,
+            keep_columns=not args.remove_unused_columns,
+        )
+        with torch.random.fork_rng(devices=[]):  # a collator may draw from it
+            return estimate_gamma(self._ask, batches, self.accelerator, tile_tokens=args.loss_tile_tokens)
+
+    def _ask(self, inputs: Any) -> Any:
+        if self.teacher is None:
+            return None
+        with self.accelerator.autocast():
+            return self.teacher({**without_labels(inputs), "use_cache": False})
+
+    # --------------------------------------------------------------------------------------------------------- one step
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `Trainer.train` does; gamma is estimated before the first step, or taken from the checkpoint."""
+        self._objective = self._flips = None
+        self.memory.num_tokens = 0
+        self._meters["train"] = Meter()
+        return super().train(*args, **kwargs)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Fetch the micro-batches of one step and count their target tokens, over all ranks.
+
+        Counted here for every architecture alike: for some, transformers also counts labels that no logits predict.
+        """
+        self._before_step()
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        targets = sum(int((labels_of(batch)[..., 1:] != IGNORE_INDEX).sum()) for batch in batches)
+        counts = torch.tensor([targets, sum(map(num_tokens, batches))], device=device)
+        counts = self.accelerator.reduce(counts, reduction="sum")
+        self.memory.num_tokens += int(counts[1])
+        return batches, counts[0]
+
+    def _before_step(self) -> None:
+        """On the first step of a run: gamma, from a checkpoint or estimated, and the codes to compare with."""
+        if self._objective is not None:
+            return
+        _ = self.objective
+        if self.args.log_flip_rate:
+            self._flips = FlipCounter(self.model, self.args.flip_rate_layers)
+        self._stopwatch.restart(self.memory.num_tokens)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Ask the teacher, run the student, and divide by the target tokens of the whole batch.
+
+        Args:
+            model: the student, wrapped as it is trained.
+            inputs: a batch with `labels`.
+            return_outputs: also return the model's outputs with logits, at the price of another forward pass.
+            num_items_in_batch: target tokens of all micro-batches and ranks; the batch's own if None.
+
+        Raises:
+            TrainingError: the loss is not finite.
+        """
+        target = DistillTarget(labels_of(inputs), self.objective, self._ask(inputs), self.args.loss_tile_tokens)
+        plain = {**without_labels(inputs), "use_cache": False}
+        output = model(**plain, distill=target)
+        if not bool(torch.isfinite(output.loss)):
+            raise not_finite("loss", output.loss.item(), self.args, self.state)
+        self._meters["train" if self.model.training else "eval"].add(output.sums, output.num_targets)
+        count = output.num_targets if num_items_in_batch is None else num_items_in_batch
+        loss = output.loss / torch.as_tensor(count, device=output.loss.device).clamp(min=1)
+        if num_items_in_batch is not None:
+            loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is of all
+        if not return_outputs:
+            return loss
+        with torch.no_grad():
+            return loss, model(**plain)
+
+    # ------------------------------------------------------------------------------------------- optimizer and reports
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Name the parameters that weight decay is for: no norms, biases, scales or zero points."""
+        return without_learned(model, super().get_decay_parameter_names(model))
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """Set up the optimizer, with learning rates of their own for scales and zero points where they were given."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        args = self.args
+        split_groups(optimizer, model or self.model, args.scale_learning_rate, args.zero_point_learning_rate)
+        return optimizer
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log; a training entry also gets what the loss measured since the last one, per target token of all ranks."""
+        if "loss" in logs:
+            logs = {**logs, **self._meters["train"].drain(self.accelerator), **self._run_logs()}
+        super().log(logs, start_time)
+
+    def _run_logs(self) -> dict[str, float]:
+        tokens = self.memory.num_tokens
+        logs: dict[str, float] = {"num_tokens": tokens, "tokens_per_second": self._stopwatch.restart(tokens)}
+        if isinstance(self.gamma, float):
+            logs["gamma"] = self.gamma
+        rate = None if self._flips is None else self._flips.rate()
+        return logs if rate is None else {**logs, "flip_rate": rate}
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Evaluate, as `Trainer.evaluation_loop` does; the loss and all else are means over tokens, not over batches.
+
+        Args:
+            dataloader: what to evaluate on.
+            description: for the progress bar.
+            prediction_loss_only: do not collect logits.
+            ignore_keys: outputs to leave out.
+            metric_key_prefix: put before every name.
+        """
+        began = time.perf_counter()
+        self._meters["eval"] = Meter()
+        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        means = self._meters["eval"].drain(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        self._stopwatch.skip(time.perf_counter() - began)
+        return output
+
+    def create_model_card(
+        self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
+    ) -> None:
+        """Write the card of the output folder.
+
+        Args:
+            model_name: heading; the folder's name by default.
+            dataset_name: name of the training data on the Hub.
+            tags: further tags.
+        """
+        if not self.is_world_process_zero():
+            return
+        folder = Path(self.args.output_dir)
+        text = card_text(
+            self.model,
+            title=model_name or folder.name,
+            location=self.hub_model_id or str(folder),
+            loss=self._describe_loss(),
+            log_history=self.state.log_history,
+            tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
+            dataset=dataset_name,
+        )
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    def _describe_loss(self) -> str:
+        gamma = "" if self._objective is None or self._objective.gamma is None else f", gamma {self._objective.gamma}"
+        name = self.args.loss_type if self.args.loss_weights is None else str(self.args.loss_weights)
+        whom = "the labels alone" if self.teacher is None else f"teacher: {self.teacher.description}"
+        return f"Loss: {name}{gamma}, {whom}."
+
+
+@contextmanager
+def _as_sft(args: DistillConfig) -> Iterator[None]:
+    """Let `SFTTrainer` set itself up for its own loss, which is never computed, and without an auxiliary one."""
+    kept = (args.loss_type, args.router_aux_loss_coef)
+    args.loss_type, args.router_aux_loss_coef = "nll", 0.0
+    try:
+        yield
+    finally:
+        args.loss_type, args.router_aux_loss_coef = kept
+
+
+@contextmanager
+def _config_kept(model: nn.Module | str) -> Iterator[None]:
+    """Undo what `SFTTrainer` writes into the model's config for the time of training; it would be saved and packed."""
+    configs = [] if isinstance(model, str) else [model.config, model.config.get_text_config()]  # type: ignore[operator, union-attr]
+    names = ("use_cache", "output_router_logits", "router_aux_loss_coef")
+    kept = [(config, name, getattr(config, name)) for config in configs for name in names if hasattr(config, name)]
+    try:
+        yield
+    finally:
+        for config, name, value in kept:
+            setattr(config, name, value)

@@ -1,0 +1,195 @@
+"""The whole path on a real model: calibrate, distil from itself, pack, reload, evaluate, chat; on a CPU.
+
+    python examples/demo.py            # about a quarter of an hour on two cores
+    python examples/demo.py --quick    # about four minutes
+
+SmolLM2-135M-Instruct is fetched once (MODEL=... or --model takes another); the text is Python's own help topics
+(--text takes a file such as WikiText-2's test split, or "hub"). Everything lands in runs/demo: the packed model, the
+teacher's texts, and summary.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from demo_measure import Row, measured, say, table, weight_bytes, write_summary
+from demo_prompts import demo_prompts
+from demo_text import DemoText, load_text
+from smollm2 import demo_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+
+from bitdistiller_peft import (
+    BitDistillerConfig,
+    BitDistillerQuantConfig,
+    DistillConfig,
+    DistillTrainer,
+    calibrate,
+    evaluate_perplexity,
+    generate_teacher_data,
+    get_bitdistiller_model,
+    quant_summary,
+)
+
+BITS, GROUP_SIZE, SEQ_LEN = 2, 64, 512
+QUESTION = "What is the capital of France?"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How much of everything: full demo or quick one."""
+
+    chunks: int
+    clip_samples: int
+    block_samples: int
+    prompts: int
+    new_tokens: int
+    steps: int
+
+
+FULL = Budget(chunks=20, clip_samples=16, block_samples=48, prompts=96, new_tokens=192, steps=30)
+QUICK = Budget(chunks=6, clip_samples=8, block_samples=16, prompts=16, new_tokens=96, steps=8)
+
+
+class Demo:
+    """One run: the model, the text, the budget, and the rows so far."""
+
+    def __init__(self, model: str, text: DemoText, budget: Budget, output: Path) -> None:
+        self.model, self.text, self.budget, self.output = model, text, budget, output
+        self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.rows: list[Row] = []
+
+    def load(self, **kwargs: object) -> torch.nn.Module:
+        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16, **kwargs)
+
+    def evaluate(self, row: Row, model: torch.nn.Module) -> None:
+        result = evaluate_perplexity(
+            model, self.tokenizer, self.text.evaluation, seq_len=SEQ_LEN, max_chunks=self.budget.chunks
+        )
+        row.perplexity, row.protocol = result.perplexity, result.protocol
+
+    def save(self, row: Row, model: torch.nn.Module) -> Path:
+        folder = self.output / row.name
+        model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        row.bits_per_weight, row.file_bytes = quant_summary(model).bits_per_weight, weight_bytes(folder)
+        return folder
+
+    def baselines(self) -> None:
+        """Full precision, and rounding to nearest while loading."""
+        with measured("full_precision", self.rows) as row:
+            model = self.load()
+            self.evaluate(row, model)
+            row.bits_per_weight, row.file_bytes = quant_summary(model).bits_per_weight, weight_bytes(Path(self.model))
+        with measured("rtn", self.rows) as row:
+            config = BitDistillerQuantConfig(bits=BITS, group_size=GROUP_SIZE)
+            model = self.load(quantization_config=config)
+            self.evaluate(row, model)
+            self.save(row, model)
+
+    def clip(self) -> torch.nn.Module:
+        """The student, its ranges chosen by the asymmetric clip search."""
+        with measured("clip", self.rows) as row:
+            config = BitDistillerConfig(bits=BITS, group_size=GROUP_SIZE, learn_zero_point=True)
+            student = get_bitdistiller_model(self.load(), config)
+            calibrate(student, self.tokenizer, self.text.calibration, num_samples=self.budget.clip_samples)
+            self.evaluate(row, student)
+            self.save(row, copy.deepcopy(student).pack_and_unload())
+        return student
+
+    def distil(self, student: torch.nn.Module) -> Path:
+        """Block-wise warm start, then self-distillation on texts that the teacher wrote; packed and saved."""
+        with measured("distilled", self.rows) as row:
+            calibrate(
+                student,
+                self.tokenizer,
+                self.text.calibration,
+                method="blockwise",
+                num_samples=self.budget.block_samples,
+                clip_search=False,
+            )
+            data = generate_teacher_data(
+                student,
+                self.tokenizer,
+                [[{"role": "user", "content": prompt}] for prompt in demo_prompts()[: self.budget.prompts]],
+                output_dir=self.output / "teacher_data",
+                max_new_tokens=self.budget.new_tokens,
+                batch_size=16,
+            )
+            self.train(student, data)
+            folder = self.save(row, student.pack_and_unload())
+            answer = evaluate_elsewhere(folder, self)
+            row.perplexity, row.protocol = answer["perplexity"], answer["protocol"]
+            say(f"{QUESTION}\n{answer['answer']}")
+        return folder
+
+    def train(self, student: torch.nn.Module, data: object) -> None:
+        args = DistillConfig(
+            output_dir=str(self.output / "trainer"),
+            loss_type="cakld",
+            max_steps=self.budget.steps,
+            per_device_train_batch_size=2,
+            max_length=SEQ_LEN,
+            packing=True,
+            learning_rate=5e-5,
+            lr_scheduler_type="cosine",
+            logging_steps=5,
+            save_strategy="no",
+            report_to=[],
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+        )
+        DistillTrainer(model=student, args=args, train_dataset=data, processing_class=self.tokenizer).train()
+
+
+def evaluate_elsewhere(folder: Path, demo: Demo) -> dict:
+    """Reload the packed model in a fresh process, evaluate it there and let it answer."""
+    text = folder.parent / "evaluation.txt"
+    text.write_text(demo.text.evaluation, encoding="utf-8")
+    command = [sys.executable, __file__, "--evaluate", str(folder), str(text), str(demo.budget.chunks)]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def evaluate_here(folder: str, text: str, chunks: str) -> None:
+    """What the fresh process does."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    result = evaluate_perplexity(
+        model, tokenizer, Path(text).read_text(encoding="utf-8"), seq_len=SEQ_LEN, max_chunks=int(chunks)
+    )
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
+    tokens = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
+    answer = tokenizer.decode(tokens, skip_special_tokens=True)
+    say(json.dumps({"perplexity": result.perplexity, "protocol": result.protocol, "answer": answer}))
+
+
+def main() -> None:
+    """Parse arguments and run the stages."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="a quarter of the budget")
+    parser.add_argument("--model", help="Hub name or folder; default: $MODEL, or SmolLM2-135M-Instruct")
+    parser.add_argument("--text", help='a text file, or "hub" for WikiText-2; default: Python\'s help topics')
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything")
+    parser.add_argument("--evaluate", nargs=3, metavar=("DIR", "TEXT", "CHUNKS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.evaluate:
+        evaluate_here(*args.evaluate)
+        return
+    set_seed(0)
+    demo = Demo(demo_model(args.model), load_text(args.text), QUICK if args.quick else FULL, args.output)
+    demo.baselines()
+    folder = demo.distil(demo.clip())
+    write_summary(args.output / "summary.json", demo.rows, packed_dir=str(folder), text=demo.text.name)
+    say(f"\n{table(demo.rows)}\n\npacked model: {folder}; figures: {args.output / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    main()

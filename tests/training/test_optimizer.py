@@ -1,0 +1,63 @@
+"""Scales and zero points have learning rates of their own, and no weight decay."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tests.training import helpers
+
+STUDENT = {"learn_zero_point": True}
+
+
+def groups(run: helpers.DistillTrainer) -> dict[str, tuple[float, float]]:
+    """Learning rate and weight decay of every parameter, by name."""
+    optimizer = run.create_optimizer()
+    of = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    return {name: of[id(p)] for name, p in run.model.named_parameters() if p.requires_grad}
+
+
+def test_each_kind_of_parameter_has_its_rate(bases: Path, tmp_path: Path) -> None:
+    run = helpers.trainer(
+        helpers.student(bases, **STUDENT),
+        tmp_path,
+        learning_rate=1e-4,
+        weight_decay=0.1,
+        scale_learning_rate=1e-3,
+        zero_point_learning_rate=1e-2,
+    )
+    found = {name.rpartition(".")[2]: value for name, value in groups(run).items()}
+    assert found == {"weight": (1e-4, 0.1), "weight_scale": (1e-3, 0.0), "weight_zero_point": (1e-2, 0.0)}
+
+
+def test_both_scales_of_a_signed_grid_have_the_scales_rate(bases: Path, tmp_path: Path) -> None:
+    run = helpers.trainer(helpers.student(bases, grid="nf", bits=3), tmp_path, scale_learning_rate=1e-3)
+    found = {name.rpartition(".")[2]: value[0] for name, value in groups(run).items()}
+    assert found == {"weight": 0.01, "weight_scale": 1e-3, "weight_scale_negative": 1e-3}
+
+
+def test_without_rates_of_their_own_they_follow_the_weights_but_do_not_decay(bases: Path, tmp_path: Path) -> None:
+    run = helpers.trainer(helpers.student(bases, **STUDENT), tmp_path, weight_decay=0.1)
+    found = {name.rpartition(".")[2]: value for name, value in groups(run).items()}
+    assert found == {"weight": (0.01, 0.1), "weight_scale": (0.01, 0.0), "weight_zero_point": (0.01, 0.0)}
+
+
+def test_the_logged_rate_is_that_of_the_weights(bases: Path, tmp_path: Path) -> None:
+    run = helpers.trainer(helpers.student(bases), tmp_path, scale_learning_rate=1e-4)
+    run.train()
+    assert helpers.history(run, "learning_rate") == [0.01, 0.01]
+
+
+def test_a_rate_of_zero_freezes(bases: Path, tmp_path: Path) -> None:
+    model = helpers.student(bases)
+    before = helpers.weights(model)
+    helpers.trainer(model, tmp_path, scale_learning_rate=0.0).train()
+    for name, value in helpers.weights(model).items():
+        assert bool((value == before[name]).all()) == name.endswith("_scale"), name
+
+
+def test_the_schedule_reaches_every_group(bases: Path, tmp_path: Path) -> None:
+    run = helpers.trainer(
+        helpers.student(bases), tmp_path, scale_learning_rate=1e-3, lr_scheduler_type="linear", max_steps=4
+    )
+    run.train()
+    assert {group["lr"] for group in run.optimizer.param_groups} == {0.0}
