@@ -12,11 +12,19 @@ from bitdistiller_peft._plug import plug_in
 from bitdistiller_peft._version import library_version
 
 if TYPE_CHECKING:
+    from bitdistiller_peft.calibration import CalibrationResult as CalibrationResult
+    from bitdistiller_peft.calibration import calibrate as calibrate
+    from bitdistiller_peft.evaluation import evaluate_divergence as evaluate_divergence
+    from bitdistiller_peft.evaluation import evaluate_perplexity as evaluate_perplexity
     from bitdistiller_peft.grids import register_grid as register_grid
     from bitdistiller_peft.hub import BitDistillerQuantConfig as BitDistillerQuantConfig
     from bitdistiller_peft.hub import print_quant_summary as print_quant_summary
     from bitdistiller_peft.hub import quant_summary as quant_summary
     from bitdistiller_peft.kernels import use_backend as use_backend
+    from bitdistiller_peft.training import DistillConfig as DistillConfig
+    from bitdistiller_peft.training import DistillTrainer as DistillTrainer
+    from bitdistiller_peft.training import generate_teacher_data as generate_teacher_data
+    from bitdistiller_peft.training import load_teacher_data as load_teacher_data
     from bitdistiller_peft.tuner import BitDistillerConfig as BitDistillerConfig
     from bitdistiller_peft.tuner import BitDistillerModel as BitDistillerModel
     from bitdistiller_peft.tuner import get_bitdistiller_model as get_bitdistiller_model
@@ -25,7 +33,15 @@ _HOMES = {
     "BitDistillerConfig": "tuner",
     "BitDistillerModel": "tuner",
     "BitDistillerQuantConfig": "hub",
+    "CalibrationResult": "calibration",
+    "DistillConfig": "training",
+    "DistillTrainer": "training",
+    "calibrate": "calibration",
+    "evaluate_divergence": "evaluation",
+    "evaluate_perplexity": "evaluation",
+    "generate_teacher_data": "training",
     "get_bitdistiller_model": "tuner",
+    "load_teacher_data": "training",
     "print_quant_summary": "hub",
     "quant_summary": "hub",
     "register_grid": "grids",

@@ -57,7 +57,7 @@ class SocketFinder(importlib.abc.MetaPathFinder):
         if callback is None:
             return None
         for finder in sys.meta_path:
-            if isinstance(finder, SocketFinder):
+            if finder is self:  # not isinstance: after a reload of this module the class is another one
                 continue
             spec = finder.find_spec(fullname, path, target)
             if spec is not None and spec.loader is not None:

@@ -118,7 +118,7 @@ class Demo:
                 student,
                 self.tokenizer,
                 [[{"role": "user", "content": prompt}] for prompt in demo_prompts()[: self.budget.prompts]],
-                output_dir=self.output / "teacher_data",
+                output_dir=self.output / f"teacher_data_{self.budget.prompts}x{self.budget.new_tokens}",
                 max_new_tokens=self.budget.new_tokens,
                 batch_size=16,
             )

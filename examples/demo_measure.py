@@ -90,7 +90,9 @@ def table(rows: list[Row]) -> str:
         for row in rows
     ]
     widths = [max(len(line[i]) for line in (header, *lines)) for i in range(len(header))]
-    drawn = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *lines)]
+    drawn = [
+        "  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in (header, *lines)
+    ]
     drawn.insert(1, "-" * len(drawn[0]))
     return "\n".join(drawn)
 

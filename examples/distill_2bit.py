@@ -1,10 +1,11 @@
-"""Take a model to 2 bits: calibrate, let the teacher write, distil, pack, measure.
+"""Take a model to 2 bits: let the teacher write, calibrate, distil, pack, measure.
 
 Run: python examples/distill_2bit.py --model MODEL [--text FILE] [--output FOLDER] [--steps N]
 
 MODEL is a Hub name or a folder. With --text, the student learns on that file's paragraphs; without it, on what the
-teacher says to the prompts below, which is how BitDistiller does it. Paragraphs that are measured are not trained on.
-A model of 135 million parameters takes about half an hour on two CPU cores.
+teacher makes of the openings below, which is how BitDistiller does it. Texts that are measured are not learned on.
+A model of 135 million parameters takes about half an hour on two CPU cores; these few steps and texts show the way, not
+how far it goes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitdistiller_peft import BitDistillerConfig, get_bitdistiller_model, print_quant_summary
 from bitdistiller_peft.calibration import calibrate
@@ -27,40 +28,49 @@ GROUP_SIZE = 64
 STEPS = 60
 LEARNING_RATE = 1e-4
 SCALE_LEARNING_RATE = 1e-3
-MAX_LENGTH = 512
+MAX_LENGTH = 512  # tokens of a text that are learned on
 BATCH_SIZE = 2  # texts at once
 ACCUMULATION = 2  # times as many per step
-NEW_TOKENS = 256
-EVALUATION_SHARE = 10  # every tenth paragraph is measured, not learned
-EVALUATION_CHUNKS = 8
+NEW_TOKENS = 256  # that the teacher adds to an opening
+EVALUATION_SHARE = 8  # every eighth text is measured
+PROTOCOL = {"seq_len": 128, "max_chunks": 32}
 
-PROMPTS = [
-    "Explain how a lighthouse works.",
-    "Write a short story about a student and a teacher.",
-    "What is the difference between weather and climate?",
-    "Describe the water cycle to a child.",
-    "List three reasons to learn a language.",
-    "How does a bicycle stay upright?",
-    "Summarize the plot of a fairy tale that you know.",
-    "Why is the sky blue?",
+OPENINGS = [
+    "A lighthouse works by",
+    "Once upon a time, a student asked her teacher",
+    "The difference between weather and climate is",
+    "The water of the sea rises into the air, and then",
+    "There are three good reasons to learn a language. First,",
+    "A bicycle stays upright because",
+    "The old fisherman had not caught anything for weeks, until",
+    "The sky is blue because",
+    "To bake a simple bread, you need",
+    "The capital of France is a city that",
+    "In the year 1969, people first walked on the moon.",
+    "A good friend is someone who",
+    "Computers store numbers as",
+    "The bees of a hive divide their work:",
+    "When the train arrived, nobody was on the platform except",
+    "A prime number is a number that",
 ]
 
 
 def read_paragraphs(path: Path) -> list[str]:
-    """Paragraphs of a text file, those that say something."""
+    """The paragraphs of a text file that say something."""
     blocks = path.read_text(encoding="utf-8").split("\n\n")
     return [block.strip() for block in blocks if len(block.split()) > 20]
 
 
-def teacher_texts(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> Dataset:
-    """What the full-precision model answers to the prompts."""
-    return generate_teacher_data(
-        model, tokenizer, PROMPTS, output_dir=output / "data", max_new_tokens=NEW_TOKENS, batch_size=4
+def teacher_texts(model: Any, tokenizer: Any, output: Path) -> list[str]:
+    """What the full-precision model makes of the openings."""
+    rows = generate_teacher_data(
+        model, tokenizer, OPENINGS, output_dir=output / "teacher", max_new_tokens=NEW_TOKENS, batch_size=4
     )
+    return [row["prompt"] + row["completion"] for row in rows]
 
 
-def distil(model: Any, tokenizer: PreTrainedTokenizerBase, data: Dataset, output: Path, steps: int) -> Any:
-    """Train the student in place and return it."""
+def distil(model: Any, tokenizer: Any, texts: list[str], output: Path, steps: int) -> Any:
+    """Train the student and return it."""
     args = DistillConfig(
         output_dir=str(output / "run"),
         max_steps=steps,
@@ -69,12 +79,13 @@ def distil(model: Any, tokenizer: PreTrainedTokenizerBase, data: Dataset, output
         lr_scheduler_type="cosine",
         per_device_train_batch_size=BATCH_SIZE,
         gradient_accumulation_steps=ACCUMULATION,
-        max_length=MAX_LENGTH,
         logging_steps=max(1, steps // 12),
         save_strategy="no",
         gradient_checkpointing=False,
         report_to="none",
     )
+    # token ids, not texts: SFT would end every text with an end-of-sequence token, also one that was cut off
+    data = Dataset.from_dict(dict(tokenizer(texts, truncation=True, max_length=MAX_LENGTH)))
     trainer = DistillTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     trainer.train()
     return trainer.model
@@ -91,25 +102,18 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
     teacher = AutoModelForCausalLM.from_pretrained(options.model)
-    if options.text is None:
-        data = teacher_texts(teacher, tokenizer, options.output)
-        paragraphs = [str(row["completion"]) for row in data]
-        learned, measured = paragraphs, paragraphs
-    else:
-        paragraphs = read_paragraphs(options.text)
-        measured = paragraphs[::EVALUATION_SHARE]
-        learned = [text for i, text in enumerate(paragraphs) if i % EVALUATION_SHARE]
-        data = Dataset.from_dict({"text": learned})
-    protocol = {"seq_len": MAX_LENGTH // 2, "max_chunks": EVALUATION_CHUNKS}
-    print("full precision:", evaluate_perplexity(teacher, tokenizer, measured, **protocol))
+    texts = read_paragraphs(options.text) if options.text else teacher_texts(teacher, tokenizer, options.output)
+    measured = "\n\n".join(texts[::EVALUATION_SHARE])
+    learned = [text for i, text in enumerate(texts) if i % EVALUATION_SHARE]
+    before = evaluate_perplexity(teacher, tokenizer, measured, **PROTOCOL)
 
     model = get_bitdistiller_model(teacher, BitDistillerConfig(bits=BITS, group_size=GROUP_SIZE))
     print_quant_summary(model)
-    calibrate(model, tokenizer, learned, method="clip")
-    packed = distil(model, tokenizer, data, options.output, options.steps).pack_and_unload()
+    calibrate(model, tokenizer, learned, method="clip", seq_len=PROTOCOL["seq_len"])
+    packed = distil(model, tokenizer, learned, options.output, options.steps).pack_and_unload()
     packed.save_pretrained(options.output / "packed")
     tokenizer.save_pretrained(options.output / "packed")
-    print(f"{BITS} bits:", evaluate_perplexity(packed, tokenizer, measured, **protocol))
+    print(f"full precision: {before}\n{BITS} bits: {evaluate_perplexity(packed, tokenizer, measured, **PROTOCOL)}")
 
 
 if __name__ == "__main__":

@@ -29,9 +29,7 @@ from bitdistiller_peft.calibration.result import BlockReport
 from bitdistiller_peft.calibration.slots import Display, Slot, full_precision
 from bitdistiller_peft.calibration.sweep import Finding, Segment, Sweep, blocks_to_visit, sort_by_block
 from bitdistiller_peft.errors import StateError, TrainingError
-from bitdistiller_peft.layers import SCALE, SCALE_NEGATIVE, ZERO_POINT
-
-ZERO_POINT_RATE = 10.0  # zero points are counted in steps, of which a scale is one
+from bitdistiller_peft.layers import SUFFIXES, ZERO_POINT
 
 
 def reconstruct(
@@ -148,16 +146,17 @@ class _Block:
         for group in groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
         steps = options.epochs * len(self.hidden)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps, warmup=options.warmup))
         order = torch.Generator().manual_seed(options.seed)
         for _ in range(options.epochs):
             for index in torch.randperm(len(self.hidden), generator=order).tolist():
                 loss = self._loss(index)
-                if not math.isfinite(float(loss.detach())):
+                value = float(loss.detach())
+                if not math.isfinite(value):
                     raise TrainingError(
-                        f"the loss must stay finite: it is {float(loss)} in block {self.name!r}. Lower learning_rate "
+                        f"the loss must stay finite: it is {value} in block {self.name!r}. Lower learning_rate "
                         "and scale_learning_rate."
                     )
                 optimizer.zero_grad(set_to_none=True)
@@ -190,18 +189,15 @@ class _Block:
 
 
 def _parameter_groups(slots: Sequence[Slot], options: BlockwiseOptions) -> list[dict[str, Any]]:
-    rates = {
-        "": options.learning_rate,
-        SCALE: options.scale_learning_rate,
-        SCALE_NEGATIVE: options.scale_learning_rate,
-        ZERO_POINT: options.scale_learning_rate * ZERO_POINT_RATE,
-    }
+    """What is trained, with rates that do not depend on how large the weights happen to be."""
     groups: list[dict[str, Any]] = []
-    for suffix, rate in rates.items():
-        found = [getattr(slot.student, "weight" + suffix, None) for slot in slots]
-        parameters = [tensor for tensor in found if isinstance(tensor, nn.Parameter)]
-        if parameters and rate > 0:
-            groups.append({"params": parameters, "lr": rate})
+    for slot in slots:
+        tensors = {suffix: getattr(slot.student, "weight" + suffix, None) for suffix in ("", *SUFFIXES)}
+        for suffix, tensor in tensors.items():
+            rate = options.scale_learning_rate if suffix else options.learning_rate
+            if isinstance(tensor, nn.Parameter) and rate > 0:
+                unit = {"": slot.step_size, ZERO_POINT: lambda: 1.0}.get(suffix, tensor.detach().abs().mean)
+                groups.append({"params": [tensor], "lr": rate * float(unit())})
     return groups
 
 

@@ -23,11 +23,11 @@ class ClipOptions:
             2 bits.
         factors: what the two ends of each group's min-max range are multiplied by; every pair is tried. All in
             (0, 1], with 1 among them. `[1 - i / 40 for i in range(20)]` is a finer grid than the default.
-        skip: layers that keep min-max, by the end of their names, e.g. `("q_proj", "k_proj")` as published.
-        inputs: what the layers before a layer compute with when its inputs are looked at: `"quantized"` weights,
-            as they will, or `"clipped"` full-precision ones, as published.
+        skip: layers that keep min-max, by the end of their names, e.g. `("q_proj", "k_proj")` as in BitDistiller's code.
+        inputs: what the layers before a layer compute with when its inputs are looked at: `"quantized"` weights, as
+            they will; `"clipped"` ones, not rounded; or the `"full"` precision ones, as in BitDistiller's code.
         order: `"layer"` looks at the inputs of a layer once all layers before it are calibrated; `"block"` looks at
-            all layers of a decoder block at once, as published.
+            all layers of a decoder block at once, as in BitDistiller's code.
         clip_weights: with learned scales, also clamp the master weights to the outermost levels; this changes no
             quantized value, but clamped weights receive gradients again. Without learned scales they always are.
 
@@ -38,7 +38,7 @@ class ClipOptions:
     objective: Literal["output", "weight"] = "output"
     factors: Sequence[float] = FACTORS
     skip: Iterable[str] = ()
-    inputs: Literal["quantized", "clipped"] = "quantized"
+    inputs: Literal["quantized", "clipped", "full"] = "quantized"
     order: Literal["layer", "block"] = "layer"
     clip_weights: bool = True
 
@@ -46,7 +46,7 @@ class ClipOptions:
         """Check every value and bring sequences into one form."""
         for name, known in (
             ("objective", ("output", "weight")),
-            ("inputs", ("quantized", "clipped")),
+            ("inputs", ("quantized", "clipped", "full")),
             ("order", ("layer", "block")),
         ):
             if getattr(self, name) not in known:
@@ -81,8 +81,10 @@ class BlockwiseOptions(ClipOptions):
 
     Args:
         epochs: passes over the samples, for each block; 0 leaves it at the clip search.
-        learning_rate: of the master weights (AdamW, no weight decay).
-        scale_learning_rate: of learned scales; zero points move at ten times this rate, in code steps.
+        learning_rate: of the master weights (AdamW, no weight decay), in steps of the grid: 0.005 means that a weight
+            moves by up to 1/200 of the distance between two levels in one training step, whatever the size of the
+            weights. With few training steps more is needed, with thousands 0.001 is enough.
+        scale_learning_rate: of learned scales, relative to the scale; of learned zero points, in code steps.
         targets: what a block is to reproduce: the output of the full-precision block on `"full"` precision inputs, or
             on the `"quantized"` ones that it itself receives.
         clip_search: start each block from the clip search; else from the student as it is.
@@ -91,8 +93,8 @@ class BlockwiseOptions(ClipOptions):
     """
 
     epochs: int = 2
-    learning_rate: float = 2e-4
-    scale_learning_rate: float = 1e-3
+    learning_rate: float = 5e-3
+    scale_learning_rate: float = 2e-3
     targets: Literal["full", "quantized"] = "full"
     clip_search: bool = True
     warmup: float = 0.05
@@ -107,7 +109,7 @@ class BlockwiseOptions(ClipOptions):
             raise ConfigError(f"`epochs` must be a whole number of at least 0: got epochs={self.epochs!r}. Use 2.")
         for name in ("learning_rate", "scale_learning_rate"):
             if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"`{name}` must lie in [0, 1): got {name}={getattr(self, name)!r}. Use 1e-4.")
+                raise ConfigError(f"`{name}` must lie in [0, 1): got {name}={getattr(self, name)!r}. Use 0.002.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"`warmup` must lie in [0, 1): got warmup={self.warmup!r}. Use 0.05.")
 

@@ -17,9 +17,10 @@ from bitdistiller_peft.layers import (
     FakeQuantWeight,
     companion,
     quant_specs,
+    quantized,
     set_learned_params,
 )
-from bitdistiller_peft.quantizers import QuantSpec, find_params, get_quantizer, to_groups
+from bitdistiller_peft.quantizers import QuantParams, QuantSpec, find_params, get_quantizer, to_groups
 from bitdistiller_peft.tuner import BitDistillerLayer, BitDistillerModel
 
 
@@ -92,10 +93,7 @@ class Slot:
         params = quantizer.params_from_range(low, high, self.spec)
         set_learned_params(self.student, "weight", params)
         if clip_weight:
-            codes = torch.zeros_like(low).unsqueeze(-1)
-            top = codes + (self.spec.grid.num_levels - 1)
-            lowest, highest = (quantizer.dequantize(c, params, self.spec).squeeze(-1) for c in (codes, top))
-            self._clamp(lowest, highest)
+            self._clamp(*self._outermost(params))
 
     @torch.no_grad()
     def quantized_in(self, low: Tensor, high: Tensor) -> Tensor:
@@ -110,6 +108,21 @@ class Slot:
             zero_point=params.zero_point,
             scale_negative=None if params.scale_negative is None else params.scale_negative.float(),
         )
+
+    @torch.no_grad()
+    def step_size(self) -> float:
+        """Mean distance between neighbouring levels, in weight units."""
+        _, params = quantized(self.student, "weight")
+        lowest, highest = self._outermost(params)
+        return float((highest - lowest).mean()) / (self.spec.grid.num_levels - 1)
+
+    def _outermost(self, params: QuantParams) -> tuple[Tensor, Tensor]:
+        """The lowest and the highest level of each group."""
+        lowest = torch.zeros(params.scale.shape, device=params.scale.device).unsqueeze(-1)
+        highest = lowest + (self.spec.grid.num_levels - 1)
+        quantizer = get_quantizer(self.spec.grid)
+        low, high = (quantizer.dequantize(codes, params, self.spec).squeeze(-1) for codes in (lowest, highest))
+        return low, high
 
     def min_max(self) -> tuple[Tensor, Tensor]:
         """Each group's smallest and largest weight, zero included; shapes as for `set_range`."""

@@ -107,9 +107,20 @@ class Sweep:
 
     def _keep(self, slot: Slot, note: str) -> None:
         self.findings[slot.name] = Finding(note=note)
-        with torch.no_grad():
-            self.display.show(slot, slot.student() if self.options.inputs == "quantized" else slot.weight)
+        self._show(slot, self.findings[slot.name])
         self.on_slot(slot.name)
+
+    @torch.no_grad()
+    def _show(self, slot: Slot, found: Finding) -> None:
+        """Let the layers behind a slot see it as `options.inputs` says."""
+        is_quantized = self.options.inputs == "quantized"
+        if found.low is None or found.high is None:
+            self.display.show(slot, slot.student() if is_quantized else slot.weight)
+        elif is_quantized:
+            self.display.show(slot, slot.quantized_in(found.low, found.high))
+        else:
+            is_clipped = self.options.inputs == "clipped"
+            self.display.show(slot, slot.clipped(found.low, found.high) if is_clipped else slot.weight)
 
     def give_up(self, slots: Sequence[Slot]) -> None:
         """Let slots that no token reached keep what they have."""
@@ -147,9 +158,7 @@ class Sweep:
             shrink_high,
             note=note,
         )
-        quantized = self.options.inputs == "quantized"
-        weight = slot.quantized_in(found.low, found.high) if quantized else slot.clipped(found.low, found.high)
-        self.display.show(slot, weight)
+        self._show(slot, self.findings[slot.name])
         self.findings[slot.name] = replace(self.findings[slot.name], seconds=time.perf_counter() - started)
         self.on_slot(slot.name)
 

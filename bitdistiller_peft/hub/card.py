@@ -16,7 +16,7 @@ library_name: transformers
 
 # {title}
 
-{what} {bits_per_weight:.2f} bits per weight over the whole file, embeddings and scales counted.
+{size}, embeddings and scales counted.
 
 {summary}
 
@@ -33,8 +33,8 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("{location}")
 ```
 
-Without that import, `from_pretrained` fails on purpose. `bitdistiller.json` holds checksums of the weights; loading
-verifies them.
+Without that import, `from_pretrained` {without}. `bitdistiller.json` holds checksums of the weights;
+loading verifies them.
 """
 
 
@@ -47,14 +47,17 @@ def write_card(
         return
     base_model = str(config.provenance.get("base_model") or "")
     is_hub_id = base_model.count("/") == 1 and not base_model.startswith((".", "/"))
-    packed = "Packed low-bit weights." if config.state == "packed" else "Latent weights: not yet the quantized model."
+    size, without = "Packed low-bit weights: {:.2f} bits per weight over the whole file", "fails on purpose"
+    if config.state == "latent":
+        size = "Latent weights, not yet the quantized model: {:.2f} bits per weight once packed"
+        without = "leaves the weights unquantized"
     target.write_text(
         _TEMPLATE.format(
             base_model=f"base_model: {base_model}\nbase_model_relation: quantized\n" if is_hub_id else "",
             tags="".join(f"- {tag}\n" for tag in tags or []),
             title=Path(location).name,
-            what=packed,
-            bits_per_weight=summary.bits_per_weight,
+            size=size.format(summary.bits_per_weight),
+            without=without,
             summary=summary.to_markdown(),
             location=location,
         ),

@@ -96,6 +96,12 @@ def check_headers(model: nn.Module, files: list[str] | None, in_features: dict[s
         holder = next((on_disk[full_name + suffix][0] for suffix in layout if full_name + suffix in on_disk), None)
         if holder is None:
             continue  # a name that differs on disk is checked by shape while loading, and by value afterwards
+        for suffix in set(SUFFIXES) - layout.keys():
+            if full_name + suffix in on_disk:
+                raise CheckpointError(
+                    f"{holder} must not hold tensor {full_name + suffix!r}: grid {spec.grid.name!r} has none. "
+                    "config.json and weights do not belong together; download both again."
+                )
         for suffix, (expected_shape, expected_dtype) in layout.items():
             if full_name + suffix not in on_disk:
                 raise CheckpointError(

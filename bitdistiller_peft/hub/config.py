@@ -79,12 +79,12 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.bits, self.group_size, self.grid = bits, group_size, grid
         self.scale_dtype = scale_dtype
-        self.zero_point_range = list(zero_point_range) if isinstance(zero_point_range, (tuple, list)) else None
+        self.zero_point_range = list(zero_point_range) if isinstance(zero_point_range, tuple) else zero_point_range
         self.state, self.packing = state, packing
         self.learn_scale, self.learn_zero_point, self.gradient = learn_scale, learn_zero_point, gradient
         self.modules_to_not_convert = modules_to_not_convert
-        self.overrides = dict(overrides or {})
-        self.provenance = dict(provenance or {})
+        self.overrides = {} if overrides is None else overrides
+        self.provenance = {} if provenance is None else provenance
         self.format_version = format_version
         self.written_by = written_by or f"bitdistiller_peft {library_version()}"
         self.install = install
@@ -116,6 +116,9 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         skip = self.modules_to_not_convert
         if skip is not None and not (isinstance(skip, list) and all(isinstance(name, str) for name in skip)):
             raise ConfigError(f"`modules_to_not_convert` must be a list of names: got {skip!r}.")
+        for key in ("overrides", "provenance"):
+            if not isinstance(getattr(self, key), dict):
+                raise ConfigError(f"`{key}` must be a dict: got {key}={getattr(self, key)!r}.")
         for name, override in self.overrides.items():
             if not isinstance(name, str) or not isinstance(override, dict):
                 raise ConfigError(f"`overrides` must map a module name to settings: got {name!r}: {override!r}.")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bitdistiller_peft.errors import CheckpointError
 from bitdistiller_peft.hub.card import write_card
@@ -54,9 +55,13 @@ def save_pretrained(
     folder = _check_folder(save_directory)
     repo_id = kwargs.pop("repo_id", None)
     upload = {key: kwargs.pop(key) for key in _UPLOAD_KEYS if push_to_hub and key in kwargs}
+    before = _identity(folder / SAFE_WEIGHTS_NAME)
     type(self).save_pretrained(self, save_directory, is_main_process, state_dict, **kwargs)
     if not is_main_process:
         return
+    if before and before == _identity(folder / SAFE_WEIGHTS_NAME) and (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
+        # shards were written; transformers would load the single file of an earlier save in their place
+        (folder / SAFE_WEIGHTS_NAME).unlink()
     _complete(self, folder, str(save_directory))
     if push_to_hub:
         sharding = {key: kwargs[key] for key in ("max_shard_size",) if key in kwargs}
@@ -101,6 +106,11 @@ def push_to_hub(
         _complete(self, folder, repo_id, [tags] if isinstance(tags, str) else tags)
         keep = ["README.md"] if api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")) else None
         return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=keep, **kwargs)
+
+
+def _identity(file: Path) -> tuple[int, int] | None:
+    """What changes whenever a file is written anew."""
+    return (file.stat().st_ino, file.stat().st_mtime_ns) if file.exists() else None
 
 
 def _complete(model: PreTrainedModel, folder: Path, location: str, tags: list[str] | None = None) -> None:

@@ -102,7 +102,7 @@ def quant_summary(model: nn.Module) -> QuantSummary:
         _add(quantized[kind], _numel(shape), _stored_bits(spec, shape))
     plain: dict[tuple[str, int, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for full_name, parameter in model.named_parameters():  # tied parameters come once
-        if id(parameter) not in counted and not _is_teacher_copy(model, full_name):
+        if id(parameter) not in counted and not _is_left_behind(model, full_name):
             width = parameter.element_size() * 8
             kind = (str(parameter.dtype).removeprefix("torch."), width, "", "full precision")
             _add(plain[kind], parameter.numel(), parameter.numel() * width)
@@ -152,12 +152,15 @@ def _is_inactive(model: nn.Module, module_name: str) -> bool:
     return overlay is not None and rest.partition(".")[2] not in getattr(overlay, "active_adapters", [])
 
 
-def _is_teacher_copy(model: nn.Module, full_name: str) -> bool:
-    """Whether a parameter only serves the teacher and will not be in the packed model."""
-    if ".original_module." in full_name:
-        return True
+def _is_left_behind(model: nn.Module, full_name: str) -> bool:
+    """Whether a parameter serves the teacher or another adapter only, and will not be in the packed model."""
     head, dot, rest = full_name.partition(".base_layer.")
-    if not dot:
-        return False
-    names = getattr(model.get_submodule(head), "parameter_names", ())
-    return rest in names
+    if dot and rest in getattr(model.get_submodule(head), "parameter_names", ()):
+        return True
+    # what PEFT's `modules_to_save` holds: the original and a copy for each adapter, of which one is in force
+    head, _, rest = full_name.partition(".modules_to_save.")
+    copy_of = rest.partition(".")[0]
+    head = head.partition(".original_module.")[0]
+    wrapper = model.get_submodule(head) if head != full_name else None
+    active = [name for name in getattr(wrapper, "active_adapters", ()) if name in wrapper.modules_to_save]  # type: ignore[union-attr, operator]
+    return wrapper is not None and ([copy_of] if copy_of else []) != active

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from trl import SFTConfig
 
 from bitdistiller_peft.errors import ConfigError
@@ -85,6 +86,8 @@ class DistillConfig(SFTConfig):
 
     def __post_init__(self) -> None:
         """Check everything that can be checked without a model."""
+        if not torch.accelerator.is_available():
+            self.use_cpu = True  # it will be the CPU anyway; unsaid, TRL's bf16 default is refused there
         super().__post_init__()
         self.gamma = _as_gamma(self.gamma)
         self.loss_weights = _as_dict("loss_weights", self.loss_weights)

@@ -146,7 +146,7 @@ class DistillTrainer(SFTTrainer):
         if self.teacher is None:
             return None
         with self.accelerator.autocast():
-            return self.teacher({**without_labels(inputs), "use_cache": False})
+            return self.teacher(without_labels(inputs))
 
     # --------------------------------------------------------------------------------------------------------- one step
 
@@ -202,7 +202,7 @@ class DistillTrainer(SFTTrainer):
             TrainingError: the loss is not finite.
         """
         target = DistillTarget(labels_of(inputs), self.objective, self._ask(inputs), self.args.loss_tile_tokens)
-        plain = {**without_labels(inputs), "use_cache": False}
+        plain = without_labels(inputs)
         output = model(**plain, distill=target)
         if not bool(torch.isfinite(output.loss)):
             raise not_finite("loss", output.loss.item(), self.args, self.state)
@@ -214,7 +214,7 @@ class DistillTrainer(SFTTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**plain)
+            return loss, model(**plain, use_cache=False)
 
     # ------------------------------------------------------------------------------------------- optimizer and reports
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from bitdistiller_peft.calibration import CalibrationResult, calibrate, sweep

@@ -65,7 +65,8 @@ def test_a_bos_comes_once_and_an_eos_never(with_bos, text) -> None:
     chunks = cut_text(fast, text, seq_len=len(bare) + 1, max_chunks=None)
     assert chunks.ids.tolist() == [[fast.bos_token_id, *bare]]
     assert "/bos=yes/" in chunks.protocol
-    assert fast.eos_token_id not in cut_text(fast, text, seq_len=8, max_chunks=None).ids
+    with pytest.raises(DataError, match=f"got {len(bare) + 1} tokens"):
+        cut_text(fast, text, seq_len=len(bare) + 2, max_chunks=None)
 
 
 def test_no_warning_about_long_texts_and_no_trace_in_the_tokenizer(tokenizer, text, caplog) -> None:

@@ -1,4 +1,4 @@
-"""As much of the Hub as `from_pretrained` asks for, served from a folder on the loopback interface."""
+"""As much of the Hub as `from_pretrained` asks for, served from a folder of repositories on the loopback interface."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ COMMIT = "c" * 40
 
 
 class _Handler(BaseHTTPRequestHandler):
-    folder: Path
+    root: Path
 
     def _answer(self, status: int, body: bytes, **headers: str) -> None:
         self.send_response(status)
@@ -26,13 +26,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = self.path.partition("?")[0]
+        repository = path.partition("/user/")[2].partition("/")[0]
+        folder = self.root / (repository or "none")
+        files = sorted(folder.glob("*"))
         if "/tree/" in path:
-            files = [{"type": "file", "path": f.name, "size": f.stat().st_size, "oid": "0"} for f in self._files()]
-            self._answer(200, json.dumps(files).encode())
-        elif path.startswith("/api/"):
-            info = {"id": "user/model", "sha": COMMIT, "siblings": [{"rfilename": f.name} for f in self._files()]}
-            self._answer(200, json.dumps(info).encode())
-        elif (file := self.folder / path.rpartition("/")[2]).is_file():
+            tree = [{"type": "file", "path": file.name, "size": file.stat().st_size, "oid": "0"} for file in files]
+            self._answer(200, json.dumps(tree).encode())
+        elif path.startswith("/api/models/"):
+            names = [{"rfilename": file.name} for file in files]
+            self._answer(200, json.dumps({"id": f"user/{repository}", "sha": COMMIT, "siblings": names}).encode())
+        elif (file := folder / path.rpartition("/")[2]).is_file():
             body = file.read_bytes()
             self._answer(200, body, ETag=hashlib.sha256(body).hexdigest())
         else:
@@ -40,17 +43,14 @@ class _Handler(BaseHTTPRequestHandler):
 
     do_HEAD = do_GET
 
-    def _files(self) -> list[Path]:
-        return sorted(self.folder.iterdir())
-
     def log_message(self, format: str, *args: object) -> None:
         """Say nothing."""
 
 
 @contextmanager
-def fake_hub(folder: Path) -> Iterator[str]:
-    """Serve a folder as the only repository; gives the address for `HF_ENDPOINT`."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"folder": folder}))
+def fake_hub(root: Path) -> Iterator[str]:
+    """Serve each folder in `root` as a repository ``user/<folder>``; gives the address for `HF_ENDPOINT`."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"root": root}))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield f"http://127.0.0.1:{server.server_port}"

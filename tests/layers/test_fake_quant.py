@@ -54,10 +54,11 @@ def test_the_packed_layer_gives_the_same_bits(grid: str, bits: int, learn_scale:
 @pytest.mark.parametrize("cast", [torch.bfloat16, torch.float16])
 def test_the_packed_layer_gives_the_same_bits_under_autocast(grid: str, bits: int, cast: torch.dtype) -> None:
     linear = layer(QuantSpec.create(grid, bits, group_size=8))
-    with torch.autocast("cpu", cast):
-        got, wanted = pack(linear)(inputs()), linear(inputs())
-    assert got.dtype == wanted.dtype == cast
-    assert torch.equal(got, wanted)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", cast):
+            got, wanted = pack(linear)(inputs().to(dtype)), linear(inputs().to(dtype))
+        assert got.dtype == wanted.dtype == cast
+        assert torch.equal(got, wanted), dtype
 
 
 @each_grid

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CohereConfig, GraniteConfig, PreTrainedModel
+from transformers import CohereConfig, Gemma2Config, Gemma2ForCausalLM, GraniteConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from bitdistiller_peft import BitDistillerConfig, get_bitdistiller_model
@@ -41,6 +41,13 @@ def test_scaled_logits_are_honoured(tmp_path: Path, name: str, local_seed) -> No
         config = SCALED[name]()
         model: PreTrainedModel = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config).eval()
     model.lm_head.weight.data.mul_(50)
+    check_against_logits(get_bitdistiller_model(model, BitDistillerConfig(bits=2, group_size=32)), tmp_path)
+
+
+def test_capped_logits_are_honoured(tmp_path: Path, local_seed) -> None:
+    with local_seed(0):
+        model = Gemma2ForCausalLM(Gemma2Config(**tiny.GEMMA, final_logit_softcapping=2.0)).eval()
+    model.model.norm.weight.data.add_(20)  # far into the cap
     check_against_logits(get_bitdistiller_model(model, BitDistillerConfig(bits=2, group_size=32)), tmp_path)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
@@ -140,6 +141,13 @@ def test_prompts_are_left_out_unless_asked_for(bases: Path, tmp_path: Path, comp
     expected = [4, 5, 6, 7, 2] if completion_only is False else [-100, -100, 6, 7, 2]
     assert run.train_dataset[0]["labels"] == expected
     run.train()
+
+
+@pytest.mark.skipif(torch.accelerator.is_available(), reason="about machines without an accelerator")
+def test_the_defaults_run_on_a_machine_without_an_accelerator(tmp_path: Path) -> None:
+    args = DistillConfig(str(tmp_path))
+    assert args.use_cpu
+    assert args.bf16
 
 
 @dataclass

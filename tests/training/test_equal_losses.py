@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from torch import nn
 
+from bitdistiller_peft.losses import distillation_loss
+from bitdistiller_peft.training import forward
 from tests.training import helpers
 
 
@@ -32,6 +34,18 @@ def test_labels_are_shifted_so_that_the_first_completion_token_counts(bases: Pat
     run.train()
     assert count == 1
     assert helpers.history(run)[0] == pytest.approx(total, rel=1e-5)
+
+
+def test_the_returned_loss_is_divided_by_the_given_count(bases: Path, tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"input_ids": [[5, 6, 7, 8]], "labels": [[-100, -100, -100, 8]]})
+    model = helpers.student(bases)
+    total, _ = helpers.textbook_loss(model, helpers.batch(rows), gamma=0.4)
+    run = helpers.trainer(model, tmp_path, data=rows)
+    for given, divisor in ((None, 1), (torch.tensor(1), 1), (torch.tensor(4), 4)):
+        loss = run.compute_loss(run.model, helpers.batch(rows), num_items_in_batch=given)
+        assert loss.item() == pytest.approx(total / divisor, rel=1e-5)
+    silent = helpers.batch(rows) | {"labels": torch.full((1, 4), -100)}
+    assert run.compute_loss(run.model, silent).item() == 0
 
 
 @pytest.mark.parametrize(("size", "steps"), [(8, 2), (4, 4), (1, 16)], ids=["2x8", "4x4", "16x1"])
@@ -100,6 +114,18 @@ def test_the_size_of_a_tile_changes_nothing(bases: Path, tmp_path: Path) -> None
         run.train()
     for run in runs[1:]:
         assert helpers.difference(helpers.weights(runs[0].model), helpers.weights(run.model)) < 1e-6
+
+
+def test_the_size_of_a_tile_reaches_the_loss(bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(*args: object, **kwargs: object) -> object:
+        seen.append(kwargs["tile_tokens"])
+        return distillation_loss(*args, **kwargs)
+
+    monkeypatch.setattr(forward, "distillation_loss", spy)
+    helpers.trainer(helpers.student(bases), tmp_path, loss_tile_tokens=7, max_steps=1).train()
+    assert seen == [7]
 
 
 def test_no_logits_of_a_whole_batch_are_made(bases: Path, tmp_path: Path) -> None:

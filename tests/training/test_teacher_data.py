@@ -22,7 +22,8 @@ from bitdistiller_peft import BitDistillerConfig, BitDistillerQuantConfig, get_b
 from bitdistiller_peft.errors import CheckpointError, ConfigError, DataError, StateError, TrainingError
 from bitdistiller_peft.training import data as data_module
 from bitdistiller_peft.training.data import fingerprint_weights, generate_teacher_data, load_teacher_data
-from bitdistiller_peft.training.teacher_data_sampling import GumbelSampler, Sampling
+from bitdistiller_peft.training.teacher_data_prompts import prepare_prompts
+from bitdistiller_peft.training.teacher_data_sampling import GumbelSampler, Sampling, answer_batch
 from bitdistiller_peft.training.teacher_data_store import DATA_NAME, MANIFEST_NAME, PART_NAME
 from tests import standin, tiny
 
@@ -149,6 +150,25 @@ def test_a_row_draws_anew_at_every_step_and_alone() -> None:
     assert not torch.equal(first, second)
     assert torch.equal(alone(scores[:1], scores[:1])[0], first[1])
     assert torch.equal(alone(scores[:1], scores[:1])[0], second[1])
+
+
+def test_whole_answers_are_samples_of_the_teacher(model, tokenizer) -> None:
+    """Their log-likelihood is what the teacher's entropy lets expect: right tokens, positions and temperature."""
+    sampling = Sampling(temperature=0.5, max_new_tokens=8)
+    prompts = prepare_prompts(tokenizer, [text[:20] for text in standin.english()[:64]], seed=0, chat_template=None)
+    surprise = expected = variance = 0.0
+    for start in range(0, 64, 16):
+        batch = prompts[start : start + 16]
+        for prompt, answer in zip(batch, answer_batch(model, batch, sampling, [], 0), strict=True):
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt.ids + answer.ids])).logits[0, len(prompt.ids) - 1 : -1]
+            log_probs = (logits.double() / 0.5).log_softmax(-1)
+            entropy = -(log_probs.exp() * log_probs).sum(-1)
+            surprise -= log_probs.gather(-1, torch.tensor(answer.ids)[:, None]).sum().item()
+            expected += entropy.sum().item()
+            variance += ((log_probs.exp() * log_probs**2).sum(-1) - entropy**2).sum().item()
+    assert abs(surprise - expected) < 3 * math.sqrt(variance)
+    assert math.sqrt(variance) < expected / 10  # narrow enough to notice another temperature
 
 
 @pytest.mark.parametrize("limits", [{"top_k": 2}, {"top_p": 0.7}], ids=str)

@@ -25,7 +25,9 @@ def main(out: Path, bases: Path, size: int) -> None:
     torch.set_num_threads(1)
     datasets.disable_progress_bars()
     rows = helpers.dataset(16)
-    silent = rows.map(lambda row, i: {"labels": row["labels"] if i % 2 else [-100] * len(row["labels"])}, with_indices=True)
+    silent = rows.map(
+        lambda row, i: {"labels": row["labels"] if i % 2 else [-100] * len(row["labels"])}, with_indices=True
+    )
     run = helpers.trainer(
         helpers.student(bases),
         out / "run",

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+
 import pytest
 
 from tests.tuner.common import Bases
@@ -11,3 +14,12 @@ from tests.tuner.common import Bases
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Bases:
     """Tiny base models on disk, and students of them."""
     return Bases(tmp_path_factory.mktemp("bases"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _frozen_imports() -> Iterator[None]:
+    """Spare the collections that every `Trainer` runs from walking over all imported modules."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

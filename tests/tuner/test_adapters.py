@@ -1,4 +1,4 @@
-"""Several students over one base model: added, chosen, trained, saved, loaded and deleted without touching each other."""
+"""Several students over one base model are added, chosen, trained, saved, loaded and deleted apart from each other."""
 
 from __future__ import annotations
 
@@ -114,11 +114,9 @@ def test_an_adapter_can_be_added_after_loading(bases: Bases, tmp_path: Path) -> 
     assert torch.equal(logits(loaded), logits(fresh))
 
 
-@pytest.mark.parametrize("adapter_name", ["student", "a.b", "weight", "layers"])
+@pytest.mark.parametrize("adapter_name", ["student", "weight", "layers"])
 def test_adapter_names_do_not_matter(adapter_name: str, bases: Bases, tmp_path: Path) -> None:
     """Names that also occur in the model's own module names included."""
-    if "." in adapter_name:
-        pytest.skip("torch's ModuleDict takes no dots, for any PEFT method")
     student = get_peft_model(bases.base("llama"), config_for("llama"), adapter_name=adapter_name)
     train(student)
     student.save_pretrained(tmp_path)

@@ -1,4 +1,4 @@
-"""A student learns: every trainable tensor gets its gradient, every knob turns something, and training beats rounding."""
+"""A student learns: every trainable tensor has a gradient, every knob turns something, and training beats rounding."""
 
 from __future__ import annotations
 
@@ -156,7 +156,9 @@ def test_learned_zero_points_move_to_other_codes_and_bring_the_student_closer(ba
     codes = {key: quantized(module, "weight")[1].zero_point.clone() for key, module in before.items()}
     losses = mse_step(student, logits(bases.base("llama")), "weight_zero_point", lr=0.1, steps=15)
     assert min(losses) < losses[0]
-    moved = [key for key, module in before.items() if not torch.equal(quantized(module, "weight")[1].zero_point, codes[key])]
+    moved = [
+        key for key, module in before.items() if not torch.equal(quantized(module, "weight")[1].zero_point, codes[key])
+    ]
     assert moved
     expected = logits(student)
     assert torch.equal(logits(student.pack_and_unload(progressbar=False)), expected)
@@ -194,7 +196,7 @@ def test_without_learned_scales_the_range_follows_the_weights(bases: Bases) -> N
     weight = overlays(student)["model.layers.0.mlp.up_proj"].active_student("weight")
     with torch.no_grad():
         weight.weight[0, 0] = 7.0
-    assert weight()[0, 0].item() == pytest.approx(7.0, rel=1e-3)
+    assert weight()[0, 0].item() == pytest.approx(7.0, rel=0.02)  # zero is a code as well
 
 
 # --------------------------------------------------------------------------------------------------------- knobs
@@ -252,9 +254,7 @@ def test_a_knob_turns_something(knob: str, bases: Bases) -> None:
 
     def seen(**kwargs: object) -> object:
         model = bases.base("llama", dtype=torch.bfloat16)
-        student = get_bitdistiller_model(
-            model, config_for("llama", **others, **kwargs), autocast_adapter_dtype=False
-        )
+        student = get_bitdistiller_model(model, config_for("llama", **others, **kwargs), autocast_adapter_dtype=False)
         return what(student)
 
     plain, turned = seen(), seen(**{knob: value})
@@ -323,7 +323,7 @@ def skilled(tmp_path_factory: pytest.TempPathFactory, bases: Bases) -> Path:
 
 @pytest.mark.parametrize(
     "kwargs",
-    [{}, {"learn_scale": False}, {"grid": "nf", "train_other": "norms"}],
+    [{}, pytest.param({"learn_scale": False}, marks=pytest.mark.slow), {"grid": "nf", "train_other": "norms"}],
     ids=lambda k: "-".join(k) or "default",
 )
 def test_quantization_aware_fine_tuning_beats_rounding_and_packs(

@@ -1,4 +1,4 @@
-"""Merging bakes exactly the student's weights into the base layers, and unmerging and unloading give the teacher back."""
+"""Merging bakes exactly the student's weights into the base layers; unmerging and unloading give the teacher back."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_merging_an_unknown_adapter_is_refused(bases: Bases) -> None:
     """PEFT's own methods return the base model without a word."""
     student = bases.student("llama")
     expected = logits(student)
-    with pytest.raises(UnknownNameError, match="`adapter_names` must be one of.*'defualt'.*Did you mean 'default'"):
+    with pytest.raises(UnknownNameError, match=r"`adapter_names` must be one of.*'defualt'.*Did you mean 'default'"):
         student.merge_and_unload(adapter_names=["defualt"])
     assert torch.equal(logits(student), expected)
 

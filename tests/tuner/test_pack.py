@@ -63,7 +63,11 @@ def in_features(module: nn.Module, name: str) -> int:
     return module.in_features if isinstance(module, PackedLinear) else module.in_features[name]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+    ids=["fp32", "bf16", "fp16"],
+)
 @each_architecture
 def test_the_packed_model_computes_what_the_student_computed(name: str, dtype: torch.dtype, bases: Bases) -> None:
     """G9: also in 16 bits, from fp32 master weights."""
@@ -117,7 +121,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("kwargs", KINDS, ids=lambda k: "-".join(f"{key}={value}" for key, value in k.items()))
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2", pytest.param("gpt2", marks=pytest.mark.slow), "mixtral"])
 def test_every_kind_of_student_packs_exactly(name: str, kwargs: dict[str, object], bases: Bases) -> None:
     student = bases.student(name, **kwargs)
     train(student)
@@ -284,8 +288,7 @@ def test_the_list_of_what_is_not_quantized_is_complete(name: str, bases: Bases, 
     left_out = {
         key
         for key, module in packed.named_modules()
-        if key not in layers
-        and (isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__.endswith("Experts"))
+        if key not in layers and (isinstance(module, (nn.Linear, Conv1D)) or type(module).__name__.endswith("Experts"))
     }
     config = packed.config.quantization_config
     assert set(config.modules_to_not_convert) == left_out

@@ -71,7 +71,6 @@ def test_fused_experts_train_both_matrices_and_the_router_stays(name: str, bases
     for layer in experts:
         for parameter in layer.parameter_names:
             assert layer.student(parameter, "default").weight.shape == getattr(layer.base_layer, parameter).shape
-    # more than nine tenths of the weights of the layers are the experts'
     assert not [key for key in trainable(student) if "gate.weight" in key or "router" in key]
 
 

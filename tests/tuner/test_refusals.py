@@ -55,7 +55,11 @@ BAD_SETTINGS = [
     ({"learn_scale": "no"}, ConfigError, r"`learn_scale` must be True or False: got learn_scale='no'"),
     ({"learn_zero_point": 1}, ConfigError, r"`learn_zero_point` must be True or False: got learn_zero_point=1"),
     ({"learn_zero_point": True, "learn_scale": False}, ConfigError, r"must come with `learn_scale`.*Set learn_scale=T"),
-    ({"learn_zero_point": True, "grid": "nf"}, ConfigError, r"grid without zero points: got grid='nf'\. Use grid='int'"),
+    (
+        {"learn_zero_point": True, "grid": "nf"},
+        ConfigError,
+        r"grid without zero points: got grid='nf'\. Use grid='int'",
+    ),
     ({"zero_point_range": (0, 4)}, ConfigError, r"within 0\.\.3: got zero_point_range=\[0, 4\]\. Use \(1, 2\)"),
     ({"zero_point_range": (2, 1)}, ConfigError, r"two integers \(low, high\)"),
     ({"zero_point_range": (1, 2), "grid": "int_sym"}, ConfigError, r"must be None for a grid without zero points"),
@@ -70,7 +74,9 @@ BAD_SETTINGS = [
 ]
 
 
-@pytest.mark.parametrize(("kwargs", "error", "message"), BAD_SETTINGS, ids=lambda v: str(v) if isinstance(v, dict) else "")
+@pytest.mark.parametrize(
+    ("kwargs", "error", "message"), BAD_SETTINGS, ids=lambda v: str(v) if isinstance(v, dict) else ""
+)
 def test_a_bad_setting_is_refused_when_the_config_is_made(
     kwargs: dict[str, object], error: type[BitDistillerError], message: str
 ) -> None:
@@ -129,16 +135,21 @@ def test_a_weight_that_is_not_finite_is_refused(
 @pytest.mark.parametrize(
     ("factor", "message"),
     [
-        (1e8, r"the scale must be at most 6\.55e\+04 to be stored as float16: got an overflow\. Use scale_dtype=\"float32\""),
-        (1e-6, r"the scale must be at least 6\.104e-05 to be stored as float16 without loss: got .*Use scale_dtype=\"float32\""),
+        (1e8, r"at most 6\.55e\+04 to be stored as float16: got an overflow\. Use scale_dtype=\"float32\""),
+        (1e-6, r"at least 6\.104e-05 to be stored as float16 without loss: got .*Use scale_dtype=\"float32\""),
     ],
     ids=["overflow", "subnormal"],
-)  # fmt: skip
+)
 def test_a_scale_that_cannot_be_stored_is_refused(factor: float, message: str, bases: Bases) -> None:
     model = bases.base("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(factor)
-    refused(model, config_for("llama"), ScaleRangeError, r"In layer 'model\.layers\.1\.mlp\.down_proj': " + message)
+    refused(
+        model,
+        config_for("llama"),
+        ScaleRangeError,
+        r"In layer 'model\.layers\.1\.mlp\.down_proj': the scale must be " + message,
+    )
     student = get_bitdistiller_model(model, config_for("llama", scale_dtype="float32"))
     assert torch.isfinite(logits(student)).all()
 
@@ -152,7 +163,9 @@ def test_a_group_size_that_does_not_divide_is_refused(bases: Bases) -> None:
 
 
 def test_the_default_group_size_is_refused_on_narrow_models(bases: Bases) -> None:
-    message = r"In layer 'model\.layers\.0\.self_attn\.q_proj'.*group_size=128, in_features=64\. Use one of \[8, 16, 32, 64\]"
+    message = (
+        r"In layer 'model\.layers\.0\.self_attn\.q_proj'.*group_size=128, in_features=64\. Use one of \[8, 16, 32, 64\]"
+    )
     refused(bases.base("llama"), BitDistillerConfig(), GroupSizeError, message)
 
 
@@ -350,7 +363,10 @@ def test_transposed_experts_are_refused() -> None:
 @pytest.mark.parametrize("config", [LoraConfig(), "default", {"bits": 2}], ids=lambda c: type(c).__name__)
 def test_a_config_of_another_kind_is_refused(config: object, bases: Bases) -> None:
     model = bases.base("llama")
-    with unchanged(model), pytest.raises(ConfigError, match=f"must be a BitDistillerConfig: got {type(config).__name__}"):
+    with (
+        unchanged(model),
+        pytest.raises(ConfigError, match=f"must be a BitDistillerConfig: got {type(config).__name__}"),
+    ):
         get_bitdistiller_model(model, config)
 
 
@@ -474,7 +490,9 @@ def test_lora_on_the_packed_result_works(bases: Bases) -> None:
 def test_a_model_with_another_adapter_is_refused(bases: Bases, tmp_path: Path) -> None:
     other = get_peft_model(bases.base("llama"), lora())
     base = other.get_base_model()
-    message = r"the model must not carry another adapter: got Linear in layer '.*q_proj'\. Call merge_and_unload\(\) first"
+    message = (
+        r"the model must not carry another adapter: got Linear in layer '.*q_proj'\. Call merge_and_unload\(\) first"
+    )
     for door in (get_bitdistiller_model, get_peft_model):
         with unchanged(other), pytest.raises(StateError, match=message):
             door(base, config_for("llama"))
@@ -533,7 +551,9 @@ def test_two_active_adapters_are_refused(bases: Bases) -> None:
     student = bases.student("llama")
     student.add_adapter("other", config_for("llama"))
     expected = logits(student)
-    message = r"`adapter_names` must be one name: got \['default', 'other'\].*activate them in turn with set_adapter\(\)"
+    message = (
+        r"`adapter_names` must be one name: got \['default', 'other'\].*activate them in turn with set_adapter\(\)"
+    )
     with unchanged(student), pytest.raises(ConfigError, match=message):
         student.base_model.set_adapter(["default", "other"])
     assert student.active_adapters == ["default"]
@@ -545,7 +565,10 @@ def test_adapters_mixed_in_a_batch_are_refused(bases: Bases) -> None:
     student = bases.student("llama")
     student.add_adapter("other", config_for("llama"))
     for call in (student, student.generate):
-        with unchanged(student), pytest.raises(ConfigError, match=r"`adapter_names` must not be passed.*set_adapter\(\)"):
+        with (
+            unchanged(student),
+            pytest.raises(ConfigError, match=r"`adapter_names` must not be passed.*set_adapter\(\)"),
+        ):
             call(input_ids=token_ids(), adapter_names=["default", "other"])
 
 

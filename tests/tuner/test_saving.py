@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
@@ -99,8 +99,27 @@ WAYS = (
 )
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@each_architecture
+# the others differ in nothing that a way of loading could see
+QUICK = ("llama", "gpt2", "mixtral")
+QUICK_WAYS = (by_from_pretrained, by_from_pretrained_on_meta, by_transformers_load_adapter)
+
+
+def pairs(quick: Callable[[object, Callable[[Path, Path], nn.Module]], bool], firsts: Iterable[object]) -> list[object]:
+    """All pairs with a way of loading; those that are not quick are marked slow."""
+    return [
+        pytest.param(
+            first, way, marks=() if quick(first, way) else pytest.mark.slow, id=f"{label(first)}-{way.__name__}"
+        )
+        for first in firsts
+        for way in WAYS
+    ]
+
+
+def label(first: object) -> str:
+    return "-".join(first) if isinstance(first, dict) else str(first)
+
+
+@pytest.mark.parametrize(("name", "way"), pairs(lambda name, way: name in QUICK or way is QUICK_WAYS[0], CONFIGS))
 def test_every_way_of_loading_gives_the_same_student(
     name: str, way: Callable[[Path, Path], nn.Module], bases: Bases, tmp_path: Path
 ) -> None:
@@ -109,19 +128,17 @@ def test_every_way_of_loading_gives_the_same_student(
     assert torch.equal(logits(way(bases.path(name), tmp_path).eval()), logits(student))
 
 
-@pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
-@pytest.mark.parametrize(
-    "kwargs",
-    [
-        {"bits": 3, "grid": "nf", "group_size": -1},
-        {"bits": 4, "grid": "int_sym", "group_size": "tensor", "learn_scale": False},
-        {"learn_zero_point": True, "zero_point_range": (1, 2)},
-        {"train_other": "norms", "overrides": {"down_proj": {"bits": 8}}},
-        {"target_modules": r".*\.1\..*proj", "exclude_modules": ["o_proj"]},
-        {"layers_to_transform": 1, "modules_to_save": ["lm_head"]},
-    ],
-    ids=lambda kwargs: "-".join(kwargs),
+KINDS = (
+    {"bits": 3, "grid": "nf", "group_size": -1},
+    {"bits": 4, "grid": "int_sym", "group_size": "tensor", "learn_scale": False},
+    {"learn_zero_point": True, "zero_point_range": (1, 2)},
+    {"train_other": "norms", "overrides": {"down_proj": {"bits": 8}}},
+    {"target_modules": r".*\.1\..*proj", "exclude_modules": ["o_proj"]},
+    {"layers_to_transform": 1, "modules_to_save": ["lm_head"]},
 )
+
+
+@pytest.mark.parametrize(("kwargs", "way"), pairs(lambda kwargs, way: way in QUICK_WAYS, KINDS))
 def test_every_way_of_loading_works_for_every_kind_of_student(
     kwargs: dict[str, object], way: Callable[[Path, Path], nn.Module], bases: Bases, tmp_path: Path
 ) -> None:
@@ -130,7 +147,9 @@ def test_every_way_of_loading_works_for_every_kind_of_student(
 
 
 @pytest.mark.parametrize("way", WAYS[:6], ids=lambda way: way.__name__)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)], ids=["bf16", "fp16"]
+)
 def test_master_weights_of_16_bit_models_stay_fp32_on_every_way(
     dtype: torch.dtype, way: Callable[[Path, Path], nn.Module], bases: Bases, tmp_path: Path
 ) -> None:
@@ -150,7 +169,7 @@ def test_master_weights_of_16_bit_models_stay_fp32_on_every_way(
 
 @each_architecture
 def test_the_file_holds_the_adapter_and_nothing_else(name: str, bases: Bases, tmp_path: Path) -> None:
-    """G2 of naming: every tensor is called `bitdistiller_*`, without the adapter's name, and none is the base's."""
+    """Every tensor is called `bitdistiller_*`, without the adapter's name, and none is the base's."""
     student = trained(name, bases, tmp_path)
     stored = load_file(tmp_path / ADAPTER_FILE)
     expected = {

@@ -44,7 +44,10 @@ def of(*parts: str) -> set[str]:
         ({"target_modules": r".*(q|v)_proj"}, of("q_proj", "v_proj")),
         ({"exclude_modules": ["o_proj", "gate_proj"]}, (ATTENTION | MLPS) - of("o_proj", "gate_proj")),
         ({"exclude_modules": r".*self_attn.*"}, MLPS),
-        ({"target_modules": ["mlp.up_proj", "q_proj"], "exclude_modules": r".*\.1\..*"}, of("0.mlp.up", "0.self_attn.q")),
+        (
+            {"target_modules": ["mlp.up_proj", "q_proj"], "exclude_modules": r".*\.1\..*"},
+            of("0.mlp.up", "0.self_attn.q"),
+        ),
         ({"layers_to_transform": 1}, of(".1.")),
         ({"layers_to_transform": [0, 1]}, ATTENTION | MLPS),
         ({"layers_to_transform": [0], "layers_pattern": "layers"}, of(".0.")),
