@@ -112,7 +112,8 @@ class Demo:
                 self.text.calibration,
                 method="blockwise",
                 num_samples=self.budget.block_samples,
-                clip_search=False,
+                learning_rate=8e-4,
+                scale_learning_rate=3e-4,
             )
             data = generate_teacher_data(
                 student,

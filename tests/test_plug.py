@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+import bitdistiller_peft
 from bitdistiller_peft import _plug
 
 ROOT = Path(__file__).parents[1]
@@ -108,6 +109,12 @@ ORDERS = {
         from peft import PeftConfig
         peft_knows()
     """,
+    "the-hub-first": """
+        from bitdistiller_peft import BitDistillerQuantConfig
+        transformers_knows()
+        assert "peft" not in sys.modules
+        BitDistillerQuantConfig(bits=3)
+    """,
     "transformers-ours": """
         from transformers.quantizers import AutoQuantizationConfig
         import bitdistiller_peft
@@ -155,10 +162,9 @@ SLOW_ORDERS = {
         peft_knows()
         transformers_knows()
     """,
-    "the-hub-first": """
-        import bitdistiller_peft.hub
+    "one-module-of-the-hub-first": """
+        import bitdistiller_peft.hub.quantizer
         transformers_knows()
-        assert "peft" not in sys.modules
     """,
     "the-quantizers-of-transformers-directly": """
         import bitdistiller_peft
@@ -177,6 +183,17 @@ def test_the_order_of_imports_does_not_matter(order: str) -> None:
 @pytest.mark.parametrize("order", SLOW_ORDERS)
 def test_no_order_of_imports_matters(order: str) -> None:
     fresh(SLOW_ORDERS[order])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("home", sorted(set(bitdistiller_peft._HOMES.values())))
+def test_any_floor_of_ours_can_be_the_first_import(home: str) -> None:
+    name = next(name for name, place in bitdistiller_peft._HOMES.items() if place == home)
+    fresh(f"""
+        from bitdistiller_peft import {name}
+        peft_knows()
+        transformers_knows()
+    """)
 
 
 def test_a_module_run_by_name_and_its_spawned_workers_are_plugged_in(tmp_path: Path) -> None:

@@ -98,10 +98,7 @@ def _clip(
         sweep = Sweep(options, len(batches), display, advance)
         for _ in segments(base, slots, batches, sweep):
             display.clear()
-    for slot in slots:
-        found = sweep.findings[slot.name]
-        if found.low is not None and found.high is not None:
-            slot.set_range(found.low, found.high, clip_weight=options.clip_weights)
+    sweep.apply(slots)
     return sweep, []
 
 

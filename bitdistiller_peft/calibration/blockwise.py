@@ -58,19 +58,21 @@ def reconstruct(
         )
     by_block, outside = sort_by_block(runner.names, slots)
     before = Segment("before the blocks", outside, lambda index: runner.run_before(batches[index]))
-    outside = sweep.search(before)
+    left = sweep.search(before)
+    sweep.apply([slot for slot in outside if slot not in left])
     with full_precision(model):
         targets = runner.record(batches)
     hidden = runner.record(batches)
-    for number in blocks_to_visit(by_block, outside):
+    for number in blocks_to_visit(by_block, left):
         work = _Block(runner, number, by_block[number], hidden, targets)
         if work.slots:
             yield work.reconstruct(sweep, options)
         else:
             work.pass_by(options)
     # the head, if it is quantized, by the clip search alone
-    after = Segment("after the blocks", outside, lambda index: runner.run_after(batches[index], hidden[index]))
+    after = Segment("after the blocks", left, lambda index: runner.run_after(batches[index], hidden[index]))
     sweep.give_up(sweep.search(after))
+    sweep.apply(left)
 
 
 class _Block:
@@ -135,10 +137,7 @@ class _Block:
         segment = Segment(self.name, self.slots, lambda index: self._run(index, self.hidden[index]))
         sweep.give_up(sweep.search(segment))
         sweep.display.clear()
-        for slot in self.slots:
-            found = sweep.findings[slot.name]
-            if found.low is not None and found.high is not None:
-                slot.set_range(found.low, found.high, clip_weight=options.clip_weights)
+        sweep.apply(self.slots)
 
     def _train(self, options: BlockwiseOptions) -> None:
         groups = _parameter_groups(self.slots, options)

@@ -23,7 +23,8 @@ class ClipOptions:
             2 bits.
         factors: what the two ends of each group's min-max range are multiplied by; every pair is tried. All in
             (0, 1], with 1 among them. `[1 - i / 40 for i in range(20)]` is a finer grid than the default.
-        skip: layers that keep min-max, by the end of their names, e.g. `("q_proj", "k_proj")` as in BitDistiller's code.
+        skip: layers that keep min-max, by the end of their names, e.g. `("q_proj", "k_proj")` as in
+            BitDistiller's code.
         inputs: what the layers before a layer compute with when its inputs are looked at: `"quantized"` weights, as
             they will; `"clipped"` ones, not rounded; or the `"full"` precision ones, as in BitDistiller's code.
         order: `"layer"` looks at the inputs of a layer once all layers before it are calibrated; `"block"` looks at

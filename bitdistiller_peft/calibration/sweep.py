@@ -99,6 +99,13 @@ class Sweep:
         self._search_stages(rest, segment, stop=False)
         return [slot for slot in unseen if slot.name not in self.findings]
 
+    def apply(self, slots: Sequence[Slot]) -> None:
+        """Set what was found in the students themselves."""
+        for slot in slots:
+            found = self.findings[slot.name]
+            if found.low is not None and found.high is not None:
+                slot.set_range(found.low, found.high, clip_weight=self.options.clip_weights)
+
     def _skip(self, slot: Slot) -> bool:
         skip = self.options.skips(slot.layer_name)
         if skip:

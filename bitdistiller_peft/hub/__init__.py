@@ -1,5 +1,8 @@
 """The transformers socket: quantization config, quantizer, saving, loading and verifying."""
 
+# First: executing it plugs us in, for which the modules below must not be half imported.
+import transformers.quantizers.auto  # noqa: F401
+
 from bitdistiller_peft.hub.config import FORMAT_VERSION, QUANT_METHOD, BitDistillerQuantConfig
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME, verify_files, write_manifest
 from bitdistiller_peft.hub.quantizer import BitDistillerHfQuantizer

@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -105,25 +102,6 @@ def _score(hidden: Tensor, head: Head, distill: DistillTarget) -> DistillOutput:
         tile_tokens=distill.tile_tokens,
     )
     return DistillOutput(loss=output.loss_sum, sums=output.sums(), num_targets=output.num_targets)
-
-
-@contextmanager
-def plain_output_head(model: nn.Module | str) -> Iterator[None]:
-    """Show the base layer of an overlaid output head while `SFTTrainer` is built.
-
-    It refuses adapters on the head because its own loss would go round them; ours computes with the effective weight.
-    """
-    head = None if isinstance(model, str) else getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, BaseTunerLayer):
-        yield
-        return
-    base_model = base_model_of(model)  # type: ignore[arg-type]
-    base_layer = head.base_layer
-    base_model.get_output_embeddings = lambda: base_layer
-    try:
-        yield
-    finally:
-        del base_model.get_output_embeddings
 
 
 @torch.no_grad()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,12 @@ from bitdistiller_peft.training.forward import (
     add_distill_forward,
     base_model_of,
     check_forward,
-    plain_output_head,
 )
 from bitdistiller_peft.training.gamma import estimate_gamma, sample_batches
 from bitdistiller_peft.training.guard import GradientGuard, not_finite
 from bitdistiller_peft.training.metrics import FlipCounter, Meter, RunMemory, Stopwatch
 from bitdistiller_peft.training.optimizer import split_groups, without_learned
+from bitdistiller_peft.training.sft import as_sft, config_kept, plain_output_head
 from bitdistiller_peft.training.teachers import Teacher, build_teacher, labels_of, num_tokens, without_labels
 
 
@@ -82,7 +81,7 @@ class DistillTrainer(SFTTrainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ConfigError("`compute_loss_func` is not supported: got one. Register a divergence instead.")
         check_dataset(kwargs.get("train_dataset"))
-        with _as_sft(args), plain_output_head(model), _config_kept(model):
+        with as_sft(args), plain_output_head(model), config_kept(model):
             super().__init__(model=model, args=args, **kwargs)
         check_targets(self.train_dataset)
         check_student(self.model)
@@ -299,27 +298,3 @@ class DistillTrainer(SFTTrainer):
         name = self.args.loss_type if self.args.loss_weights is None else str(self.args.loss_weights)
         whom = "the labels alone" if self.teacher is None else f"teacher: {self.teacher.description}"
         return f"Loss: {name}{gamma}, {whom}."
-
-
-@contextmanager
-def _as_sft(args: DistillConfig) -> Iterator[None]:
-    """Let `SFTTrainer` set itself up for its own loss, which is never computed, and without an auxiliary one."""
-    kept = (args.loss_type, args.router_aux_loss_coef)
-    args.loss_type, args.router_aux_loss_coef = "nll", 0.0
-    try:
-        yield
-    finally:
-        args.loss_type, args.router_aux_loss_coef = kept
-
-
-@contextmanager
-def _config_kept(model: nn.Module | str) -> Iterator[None]:
-    """Undo what `SFTTrainer` writes into the model's config for the time of training; it would be saved and packed."""
-    configs = [] if isinstance(model, str) else [model.config, model.config.get_text_config()]  # type: ignore[operator, union-attr]
-    names = ("use_cache", "output_router_logits", "router_aux_loss_coef")
-    kept = [(config, name, getattr(config, name)) for config in configs for name in names if hasattr(config, name)]
-    try:
-        yield
-    finally:
-        for config, name, value in kept:
-            setattr(config, name, value)

@@ -8,6 +8,7 @@ import re
 from peft import PeftMixedModel, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import ModulesToSaveWrapper
+from peft.utils.integrations import gather_params_ctx
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -165,10 +166,7 @@ def _check_target(name: str, module: nn.Module, spec: QuantSpec, tied: set[str])
     if is_experts(base):
         check_experts(base, name)
         check_expert_groups(spec)
-        weights = [getattr(base, parameter) for parameter in expert_parameters(base)]
-    elif is_linear(base):
-        weights = [dense_weight(base)]
-    else:
+    elif not is_linear(base):
         raise TargetError(
             f"a targeted module must be a linear layer, a Conv1D or fused experts: got {type(base).__name__}. "
             "Narrow target_modules, or leave it out with exclude_modules."
@@ -178,8 +176,10 @@ def _check_target(name: str, module: nn.Module, spec: QuantSpec, tied: set[str])
             "a targeted weight must not be tied: it is shared with another module. Leave it out of target_modules, "
             "or untie it first (config.tie_word_embeddings=False and a clone of the weight)."
         )
-    for weight in weights:
-        find_params(weight, spec)
+    names = expert_parameters(base) or ("weight",)
+    with gather_params_ctx([getattr(base, parameter) for parameter in names], modifier_rank=None):
+        for parameter in names:
+            find_params(dense_weight(base) if parameter == "weight" else getattr(base, parameter), spec)
 
 
 def other_modules(config: BitDistillerConfig, model: nn.Module) -> list[str]:

@@ -134,8 +134,11 @@ def test_blocks_without_quantized_layers_are_passed_by(models: Path) -> None:
 
 
 def test_a_targeted_head_is_clipped_at_the_end(models: Path) -> None:
-    result = run(student(models, target_modules=["down_proj", "lm_head"]))
+    model = student(models, target_modules=["down_proj", "lm_head"])
+    result = run(model)
     assert result.layers[-1].name == "lm_head.weight"
+    head = find_student(model)[1][-1]
+    assert torch.equal(head.student(), head.quantized_in(*result.ranges["lm_head.weight"]))
     assert result.layers[-1].error_after < result.layers[-1].error_before
 
 

@@ -120,7 +120,7 @@ def test_as_published_the_prefix_is_clipped_but_not_rounded(models: Path) -> Non
     originals = {slot.name: slot.weight.clone() for slot in find_student(model)[1]}
     skip = ("q_proj", "k_proj")
     result = run(model, inputs="clipped", order="block", skip=skip)
-    base, slots = find_student(model)
+    _, slots = find_student(model)
     assert sorted(result.ranges) == sorted(
         name for name in originals if not name.endswith(("q_proj.weight", "k_proj.weight"))
     )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -278,3 +281,54 @@ def test_layer_attributes_that_models_read_stay_readable(bases: Bases) -> None:
     assert (layer.in_features, layer.out_features) == (original.in_features, original.out_features)
     assert layer.get_base_layer() is original
     assert inputs_of(student).shape == (2, 9)
+
+
+def test_weights_that_lie_on_other_ranks_are_gathered_to_be_checked_and_copied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """G32: under ZeRO-3 every rank holds a part, and a parameter looks empty unless it is gathered."""
+    expected = logits(get_bitdistiller_model(MLP(), BitDistillerConfig(group_size=32)))
+    model = MLP()
+    whole = {parameter: parameter.data for parameter in (model.lin0.weight, model.lin1.weight)}
+    for parameter in whole:
+        parameter.data = torch.empty(0)
+
+    @contextmanager
+    def gather(parameters: nn.Parameter | list[nn.Parameter], **kwargs: object) -> Iterator[None]:
+        parameters = [parameters] if isinstance(parameters, nn.Parameter) else parameters
+        for parameter in parameters:
+            parameter.data = whole[parameter]
+        yield
+        for parameter in parameters:
+            parameter.data = torch.empty(0)
+
+    for name in ("layer", "targets"):
+        monkeypatch.setattr(f"bitdistiller_peft.tuner.{name}.gather_params_ctx", gather)
+    student = get_bitdistiller_model(model, BitDistillerConfig(group_size=32))
+    assert torch.equal(logits(student), expected)
+    assert {parameter.numel() for parameter in whole} == {0}
+
+
+@pytest.mark.slow
+def test_a_student_trains_sharded_as_it_does_whole(bases: Bases, tmp_path: Path) -> None:
+    """G16: FSDP2 with bf16 base weights beside fp32 trained ones; one process shows what the wrapping does."""
+    from torch import distributed
+    from torch.distributed.fsdp import fully_shard
+
+    def student() -> PeftModel:
+        return get_bitdistiller_model(bases.base("llama", dtype=torch.bfloat16), config_for("llama"))
+
+    whole, sharded = student(), student()
+    store = distributed.FileStore(str(tmp_path / "store"), 1)
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        for layer in sharded.get_base_model().model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(sharded, mesh=mesh)
+        train(whole)
+        train(sharded)
+        assert torch.equal(logits(sharded), logits(whole))
+        assert torch.equal(teacher_logits(sharded), teacher_logits(whole))
+    finally:
+        distributed.destroy_process_group()

@@ -144,12 +144,8 @@ def test_a_scale_that_cannot_be_stored_is_refused(factor: float, message: str, b
     model = bases.base("llama")
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(factor)
-    refused(
-        model,
-        config_for("llama"),
-        ScaleRangeError,
-        r"In layer 'model\.layers\.1\.mlp\.down_proj': the scale must be " + message,
-    )
+    message = r"In layer 'model\.layers\.1\.mlp\.down_proj': the scale must be " + message
+    refused(model, config_for("llama"), ScaleRangeError, message)
     student = get_bitdistiller_model(model, config_for("llama", scale_dtype="float32"))
     assert torch.isfinite(logits(student)).all()
 
