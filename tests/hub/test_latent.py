@@ -87,7 +87,7 @@ def test_parameters_start_from_min_max_and_survive_saving(bases: Path, arch: str
         ({"learn_scale": False}, {""}),
         ({"grid": "nf", "bits": 3}, {"", "_scale", "_scale_negative"}),
     ],
-    ids=str,
+    ids=["scale", "zero-point", "nothing", "both-scales"],
 )
 def test_what_the_config_says_is_trained_and_nothing_else_of_the_quantizer(
     bases: Path, settings: dict[str, Any], trained: set[str], tmp_path: Path
