@@ -29,8 +29,9 @@ class ClipOptions:
             they will; `"clipped"` ones, not rounded; or the `"full"` precision ones, as in BitDistiller's code.
         order: `"layer"` looks at the inputs of a layer once all layers before it are calibrated; `"block"` looks at
             all layers of a decoder block at once, as in BitDistiller's code.
-        clip_weights: with learned scales, also clamp the master weights to the outermost levels; this changes no
-            quantized value, but clamped weights receive gradients again. Without learned scales they always are.
+        clip_weights: with learned scales, also clamp the master weights to the outermost levels. This changes no
+            quantized value; afterwards all weights receive gradients again, and learned zero points none, which move
+            through clamped weights only. Without learned scales, weights are always clamped.
 
     Raises:
         ConfigError: a value outside its rule.
@@ -41,7 +42,7 @@ class ClipOptions:
     skip: Iterable[str] = ()
     inputs: Literal["quantized", "clipped", "full"] = "quantized"
     order: Literal["layer", "block"] = "layer"
-    clip_weights: bool = True
+    clip_weights: bool = False
 
     def __post_init__(self) -> None:
         """Check every value and bring sequences into one form."""

@@ -85,7 +85,7 @@ class CalibrationResult:
     specs: Mapping[str, dict[str, Any]]
     data: Mapping[str, Any]
     blocks: list[BlockReport] = field(default_factory=list)
-    clip_weights: bool = True
+    clip_weights: bool = False
 
     def __str__(self) -> str:
         """The result as a table."""

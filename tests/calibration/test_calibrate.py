@@ -159,6 +159,15 @@ def test_master_weights_stay_whole_unless_asked(models: Path) -> None:
     assert not any(torch.equal(slot.weight, before[slot.name]) for slot in find_student(model)[1])
 
 
+def test_the_search_can_be_repeated(models: Path) -> None:
+    model = student(models)
+    first, second = run(model), run(model)
+    assert str(first).splitlines()[3].split()[1:5] == str(second).splitlines()[3].split()[1:5]
+    for name, (low, high) in first.ranges.items():
+        assert torch.equal(second.ranges[name][0], low)
+        assert torch.equal(second.ranges[name][1], high)
+
+
 def test_skipped_layers_keep_min_max_and_are_reported(models: Path) -> None:
     model = student(models)
     result = run(model, skip=("q_proj", "k_proj"))
