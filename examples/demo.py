@@ -53,8 +53,8 @@ class Budget:
     steps: int
 
 
-FULL = Budget(chunks=20, clip_samples=16, block_samples=48, prompts=96, new_tokens=192, steps=30)
-QUICK = Budget(chunks=6, clip_samples=8, block_samples=16, prompts=16, new_tokens=96, steps=8)
+FULL = Budget(chunks=20, clip_samples=16, block_samples=40, prompts=48, new_tokens=128, steps=20)
+QUICK = Budget(chunks=4, clip_samples=6, block_samples=6, prompts=8, new_tokens=64, steps=4)
 
 
 class Demo:
