@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from bitdistiller_peft.errors import ConfigError
 def calibrate(
     model: nn.Module,
     tokenizer: Any,
-    texts: Iterable[str] | Tensor,
+    texts: Iterable[str] | Tensor | None,
     *,
     method: str = "clip",
     num_samples: int = 128,
@@ -47,7 +47,8 @@ def calibrate(
     Args:
         model: the `PeftModel` from `get_bitdistiller_model`; its active adapter is calibrated, in place.
         tokenizer: the model's tokenizer; `None` for token ids.
-        texts: calibration texts, joined and cut into windows in the order given; or token ids `[samples, seq_len]`.
+        texts: calibration texts, joined and cut into windows in the order given; or token ids `[samples, seq_len]`; not
+            looked at where `objective="weight"`.
         method: `"clip"` or `"blockwise"`.
         num_samples: windows at most.
         seq_len: tokens in a window.
@@ -74,8 +75,11 @@ def calibrate(
     chosen = make_options(method, options)
     base, slots = find_student(model)
     chosen.check_skip([slot.layer_name for slot in slots])
-    windows = token_windows(texts, tokenizer, num_samples, seq_len)
-    _check_length(base, windows.shape[1])
+    if chosen.needs_text:
+        windows = token_windows(texts, tokenizer, num_samples, seq_len)
+        _check_length(base, windows.shape[1])
+    else:
+        windows = torch.empty(0, 0, dtype=torch.long)
     batches = _batches(windows, batch_size, method, slots[0].weight.device)
     run = _reconstruct if isinstance(chosen, BlockwiseOptions) else _clip
     with _borrowed(model), tqdm(total=len(slots), desc="Calibrating", unit="layer", disable=not show_progress) as bar:
@@ -126,7 +130,9 @@ def _result(
 
 
 def _check_length(base: nn.Module, seq_len: int) -> None:
-    longest = getattr(getattr(base, "config", None), "max_position_embeddings", None)
+    config = getattr(base, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    longest = getattr(text_config, "max_position_embeddings", None)
     if isinstance(longest, int) and seq_len > longest:
         raise ConfigError(f"`seq_len` must be at most {longest} for this model: got seq_len={seq_len}.")
 
@@ -152,6 +158,3 @@ def _borrowed(model: nn.Module) -> Iterator[None]:
             module.training = mode
         for parameter, flag in trained:
             parameter.requires_grad_(flag)
-
-
-__all__: Sequence[str] = ["calibrate"]

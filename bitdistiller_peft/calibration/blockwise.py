@@ -145,7 +145,7 @@ class _Block:
         for group in groups:
             for parameter in group["params"]:
                 parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=True)
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=self.hidden[0].device.type in ("cpu", "cuda"))
         steps = options.epochs * len(self.hidden)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps, warmup=options.warmup))
         order = torch.Generator().manual_seed(options.seed)

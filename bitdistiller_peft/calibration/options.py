@@ -58,6 +58,11 @@ class ClipOptions:
             raise ConfigError(f"`skip` must be a list of names: got skip={self.skip!r}. Pass ({self.skip!r},).")
         object.__setattr__(self, "skip", tuple(self.skip))
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether the model has to be run."""
+        return self.objective == "output"
+
     def skips(self, layer_name: str) -> bool:
         """Whether a layer keeps min-max."""
         return any(_matches(name, layer_name) for name in self.skip)
@@ -114,6 +119,11 @@ class BlockwiseOptions(ClipOptions):
                 raise ConfigError(f"`{name}` must lie in [0, 1): got {name}={getattr(self, name)!r}. Use 0.002.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"`warmup` must lie in [0, 1): got warmup={self.warmup!r}. Use 0.05.")
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether the model has to be run: always."""
+        return True
 
 
 def make_options(method: str, values: dict[str, Any]) -> ClipOptions:

@@ -172,6 +172,10 @@ class Sweep:
 
 def segments(model: nn.Module, slots: list[Slot], batches: Sequence[Tensor], sweep: Sweep) -> Iterator[list[Slot]]:
     """Search a whole model, segment by segment; yields after each one the slots that it has done with."""
+    if not sweep.options.needs_text:
+        sweep.search(Segment("model", slots, lambda index: None))
+        yield slots
+        return
     runner = BlockRunner.create(model, [slot.layer for slot in slots], batches[0])
     if runner is None:
         logger.warning("The model cannot be run block by block; all layers are calibrated on one forward pass.")

@@ -17,7 +17,7 @@ logger = logging.getLogger(__name__)
 SEPARATOR = "\n\n"
 
 
-def token_windows(texts: Iterable[str] | Tensor, tokenizer: Any, num_samples: int, seq_len: int) -> Tensor:
+def token_windows(texts: Iterable[str] | Tensor | None, tokenizer: Any, num_samples: int, seq_len: int) -> Tensor:
     """Cut texts into windows of equal length without padding; short texts are joined, in the order given.
 
     Args:
@@ -38,6 +38,8 @@ def token_windows(texts: Iterable[str] | Tensor, tokenizer: Any, num_samples: in
             raise ConfigError(f"`{name}` must be a positive integer: got {name}={value!r}.")
     if isinstance(texts, Tensor):
         return _checked_ids(texts)[:num_samples]
+    if texts is None:
+        raise DataError("`texts` must be given: got None. 128 passages of 512 tokens are a good start.")
     start = _beginning(tokenizer)
     length = seq_len - len(start)
     if length < 1:

@@ -184,10 +184,13 @@ def test_the_weight_objective_needs_no_forward_pass(models: Path, monkeypatch: p
     model = student(models)
 
     def never(*args: Any) -> None:
-        raise AssertionError("looked at activations")
+        raise AssertionError("ran the model")
 
-    monkeypatch.setattr(sweep, "capture", never)
-    result = run(model, objective="weight")
+    monkeypatch.setattr(model.base_model.model, "forward", never)
+    result = calibrate(model, None, None, objective="weight", show_progress=False)
+    assert len(result.ranges) == 14
+    with pytest.raises(DataError, match="must be given"):
+        calibrate(model, None, None, show_progress=False)
     slot = find_student(model)[1][0]
     reference = search_range(
         student(models).base_model.model.get_submodule(slot.layer_name).base_weight("weight"),

@@ -6,11 +6,13 @@ import json
 import logging
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
 import textwrap
 from collections import Counter
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -113,6 +115,9 @@ def test_an_answer_ends_at_the_first_end_token_and_says_so(model, tokenizer) -> 
     model.generation_config.eos_token_id = None
     row = generate(model, tokenizer, temperature=0)[0]
     assert (row["finish_reason"], row["num_tokens"]) == ("length", 6)
+    other = deepcopy(tokenizer)
+    other.eos_token = tokenizer.convert_ids_to_tokens(stop)
+    assert generate(model, other, temperature=0)["finish_reason"][0] == "eos"
 
 
 def test_a_character_that_was_cut_off_is_left_out(tokenizer, model) -> None:
@@ -266,8 +271,6 @@ def test_a_teacher_that_answers_nan_is_refused(model, tokenizer) -> None:
 
 
 def test_no_padding_and_no_end_token_are_needed(model, tokenizer) -> None:
-    from copy import deepcopy
-
     bare = deepcopy(tokenizer)
     bare.pad_token = bare.eos_token = None
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
@@ -307,15 +310,18 @@ def test_prompts_beyond_the_context_are_named_with_their_sizes(model, tokenizer)
     lengths = [len(tokenizer(text)["input_ids"]) for text in PROMPTS]
     too_long = [index for index, length in enumerate(lengths) if length > 6]
     assert 0 < len(too_long) < len(PROMPTS)
-    with pytest.raises(DataError, match=f"context of 12 .*prompt {too_long[0]} .{lengths[too_long[0]]} tokens"):
+    named = ", ".join(f"prompt {index} ({lengths[index]} tokens)" for index in too_long)
+    with pytest.raises(
+        DataError, match=re.escape(f"context of 12 tokens together with max_new_tokens=6: got {named}.")
+    ):
         generate(model, tokenizer)
+    with pytest.raises(DataError, match=r"prompt 4 \(\d+ tokens\) and 2 more\. Shorten"):
+        generate(model, tokenizer, max_new_tokens=12)
     fitting = [text for text, length in zip(PROMPTS, lengths, strict=True) if length <= 6]
     assert len(generate(model, tokenizer, fitting)) == len(fitting)
 
 
 def test_messages_need_a_template(model, tokenizer) -> None:
-    from copy import deepcopy
-
     bare = deepcopy(tokenizer)
     bare.chat_template = None
     with pytest.raises(DataError, match="`chat_template` must be given"):
@@ -495,8 +501,6 @@ def test_another_run_may_not_go_on_in_its_place(model, tokenizer, finished, chan
 
 
 def test_another_teacher_or_tokenizer_may_not_either(model, tokenizer, finished, folder) -> None:
-    from copy import deepcopy
-
     model.model.layers[1].mlp.down_proj.weight.data.mul_(1.001)
     with pytest.raises(ConfigError, match=r"fingerprints\.teacher"):
         generate(model, tokenizer, output_dir=finished)
