@@ -130,8 +130,8 @@ def _result(
 
 
 def _check_length(base: nn.Module, seq_len: int) -> None:
-    config = getattr(base, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config: Any = getattr(base, "config", None)
+    text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     longest = getattr(text_config, "max_position_embeddings", None)
     if isinstance(longest, int) and seq_len > longest:
         raise ConfigError(f"`seq_len` must be at most {longest} for this model: got seq_len={seq_len}.")
