@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from bitdistiller_peft import BitDistillerConfig, get_bitdistiller_model
+from bitdistiller_peft.tuner import BitDistillerLayer
 from tests.tiny import CONFIGS, load
 from tests.tuner.common import (
     MLP,
@@ -219,9 +220,17 @@ def test_training_goes_on_after_loading_as_if_nothing_had_happened(
     assert torch.equal(logits(loaded), logits(student))
 
 
-def test_low_cpu_mem_usage_copies_no_base_weight(bases: Bases, tmp_path: Path) -> None:
+def test_low_cpu_mem_usage_copies_no_base_weight(bases: Bases, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """G15: the adapter is created on the meta device and filled from the file."""
     trained("llama", bases, tmp_path)
+    start = BitDistillerLayer._start_weight
+
+    def without_copy(self: BitDistillerLayer, name: str, dtype: torch.dtype | None) -> torch.Tensor:
+        weight = start(self, name, dtype)
+        assert weight.is_meta, "a copy was made, to be thrown away"
+        return weight
+
+    monkeypatch.setattr(BitDistillerLayer, "_start_weight", without_copy)
     student = get_bitdistiller_model(bases.base("llama"), PeftConfig.from_pretrained(tmp_path), low_cpu_mem_usage=True)
     ours = [value for key, value in student.state_dict().items() if ".bitdistiller_" in key]
     assert {value.device.type for value in ours} == {"meta"}
