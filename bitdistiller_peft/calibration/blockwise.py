@@ -6,8 +6,9 @@ before it produce, hence learns to make up for their errors; its target is the o
 default on full-precision inputs.
 
 Source: the idea of training weights and quantization parameters together, block by block, is EfficientQAT's Block-AP
-(arXiv 2407.11062), section 3.2. Differences: the clip search comes first, and the targets come from the
-full-precision prefix.
+(arXiv 2407.11062), section 3.2. Differences: the clip search comes first, the targets come from the full-precision
+prefix, and outputs are compared after normalisation. The last matters most with few tokens: one token's huge
+activations, which a decoder makes at the first position to rest its attention on, else decide the whole loss.
 """
 
 from __future__ import annotations
@@ -92,11 +93,11 @@ class _Block:
         self._make_targets(options.targets)
         kept = [(tensor, tensor.clone()) for slot in self.slots for tensor in slot.trained_tensors().values()]
         try:
-            before = self._error()
+            before = self._error(options)
             self._clip(sweep, options)
-            clipped = self._error()
+            clipped = self._error(options)
             self._train(options)
-            after = self._error()
+            after = self._error(options)
         except BaseException:
             with torch.no_grad():
                 for tensor, copy in kept:
@@ -118,13 +119,13 @@ class _Block:
                 self.targets[index] = self._run(index, states)
 
     @torch.no_grad()
-    def _error(self) -> float:
-        """Squared error of the block's output relative to its target, on some of the batches."""
+    def _error(self, options: BlockwiseOptions) -> float:
+        """Squared error of the block's output relative to its target, on some of the batches, as the loss sees it."""
         error = energy = 0.0
         with self._quantized_once(), _fast_dtype(self.hidden[0]):
             for index in self._sample:
-                target = self.targets[index].float()
-                error += float(F.mse_loss(self._run(index, self.hidden[index]).float(), target, reduction="sum"))
+                output, target = self._compared(self._run(index, self.hidden[index]), index, options)
+                error += float(F.mse_loss(output, target, reduction="sum"))
                 energy += float(target.square().sum())
         return error / max(energy, torch.finfo(torch.float32).tiny)
 
@@ -151,7 +152,7 @@ class _Block:
         order = torch.Generator().manual_seed(options.seed)
         for _ in range(options.epochs):
             for index in torch.randperm(len(self.hidden), generator=order).tolist():
-                loss = self._loss(index)
+                loss = self._loss(index, options)
                 value = float(loss.detach())
                 if not math.isfinite(value):
                     raise TrainingError(
@@ -166,11 +167,15 @@ class _Block:
             for parameter in group["params"]:
                 parameter.grad = None
 
-    def _loss(self, index: int) -> Tensor:
-        target = self.targets[index].float()
-        with torch.enable_grad(), _fast_dtype(target):
+    def _loss(self, index: int, options: BlockwiseOptions) -> Tensor:
+        with torch.enable_grad(), _fast_dtype(self.hidden[0]):
             output = self._run(index, self.hidden[index])
-        return F.mse_loss(output.float(), target)
+        return F.mse_loss(*self._compared(output, index, options))
+
+    def _compared(self, output: Tensor, index: int, options: BlockwiseOptions) -> tuple[Tensor, Tensor]:
+        """Output and target as they are to be compared, in fp32."""
+        output, target = output.float(), self.targets[index].float()
+        return (output, target) if options.loss == "mse" else (_normalized(output), _normalized(target))
 
     @torch.no_grad()
     def _move_on(self) -> None:
@@ -185,6 +190,11 @@ class _Block:
             for slot in self.slots:
                 display.show(slot, slot.student())
             yield
+
+
+def _normalized(states: Tensor) -> Tensor:
+    """Hidden states ``[..., width]`` divided by their root mean square, token by token."""
+    return F.rms_norm(states, states.shape[-1:], eps=1e-6)
 
 
 def _parameter_groups(slots: Sequence[Slot], options: BlockwiseOptions) -> list[dict[str, Any]]:

@@ -94,6 +94,8 @@ class BlockwiseOptions(ClipOptions):
         scale_learning_rate: of learned scales, relative to the scale; of learned zero points, in code steps.
         targets: what a block is to reproduce: the output of the full-precision block on `"full"` precision inputs, or
             on the `"quantized"` ones that it itself receives.
+        loss: `"normalized"` compares outputs after each token's root mean square is divided out, as the norm that reads
+            them does; `"mse"` as they are, where the few tokens with huge activations outweigh all others.
         clip_search: start each block from the clip search; else from the student as it is.
         warmup: share of the steps with a rising learning rate; a cosine to zero follows.
         seed: order of the samples.
@@ -103,6 +105,7 @@ class BlockwiseOptions(ClipOptions):
     learning_rate: float = 5e-3
     scale_learning_rate: float = 2e-3
     targets: Literal["full", "quantized"] = "full"
+    loss: Literal["normalized", "mse"] = "normalized"
     clip_search: bool = True
     warmup: float = 0.05
     seed: int = 0
@@ -110,8 +113,9 @@ class BlockwiseOptions(ClipOptions):
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
-        if self.targets not in ("full", "quantized"):
-            raise UnknownNameError("targets", self.targets, ("full", "quantized"))
+        for name, known in (("targets", ("full", "quantized")), ("loss", ("normalized", "mse"))):
+            if getattr(self, name) not in known:
+                raise UnknownNameError(name, getattr(self, name), known)
         if not isinstance(self.epochs, int) or self.epochs < 0:
             raise ConfigError(f"`epochs` must be a whole number of at least 0: got epochs={self.epochs!r}. Use 2.")
         for name in ("learning_rate", "scale_learning_rate"):
