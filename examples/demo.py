@@ -1,7 +1,7 @@
 """The whole path on a real model: calibrate, distil from itself, pack, reload, evaluate, chat; on a CPU.
 
-    python examples/demo.py            # about a quarter of an hour on two cores
-    python examples/demo.py --quick    # about four minutes
+    python examples/demo.py            # under a quarter of an hour on two cores
+    python examples/demo.py --quick    # under four minutes
 
 SmolLM2-135M-Instruct is fetched once (MODEL=... or --model takes another); the text is Python's own help topics
 (--text takes a file such as WikiText-2's test split, or "hub"). Everything lands in runs/demo: the packed model, the
@@ -38,6 +38,7 @@ from bitdistiller_peft import (
 )
 
 BITS, GROUP_SIZE, SEQ_LEN = 2, 64, 512
+BLOCK_SEQ_LEN = 128  # short windows: each begins with another token, and first tokens are what a decoder leans on
 QUESTION = "What is the capital of France?"
 
 
@@ -47,14 +48,15 @@ class Budget:
 
     chunks: int
     clip_samples: int
-    block_samples: int
     prompts: int
     new_tokens: int
+    block_samples: int
+    epochs: int
     steps: int
 
 
-FULL = Budget(chunks=20, clip_samples=16, block_samples=40, prompts=48, new_tokens=128, steps=20)
-QUICK = Budget(chunks=4, clip_samples=6, block_samples=6, prompts=8, new_tokens=64, steps=4)
+FULL = Budget(chunks=20, clip_samples=16, prompts=48, new_tokens=128, block_samples=544, epochs=1, steps=16)
+QUICK = Budget(chunks=4, clip_samples=6, prompts=8, new_tokens=64, block_samples=52, epochs=2, steps=4)
 
 
 class Demo:
@@ -106,15 +108,6 @@ class Demo:
     def distil(self, student: torch.nn.Module) -> Path:
         """Block-wise warm start, then self-distillation on texts that the teacher wrote; packed and saved."""
         with measured("distilled", self.rows) as row:
-            calibrate(
-                student,
-                self.tokenizer,
-                self.text.calibration,
-                method="blockwise",
-                num_samples=self.budget.block_samples,
-                learning_rate=8e-4,
-                scale_learning_rate=3e-4,
-            )
             data = generate_teacher_data(
                 student,
                 self.tokenizer,
@@ -122,6 +115,19 @@ class Demo:
                 output_dir=self.output / f"teacher_data_{self.budget.prompts}x{self.budget.new_tokens}",
                 max_new_tokens=self.budget.new_tokens,
                 batch_size=16,
+            )
+            written = [self.tokenizer.apply_chat_template(r["prompt"] + r["completion"], tokenize=False) for r in data]
+            calibrate(
+                student,
+                self.tokenizer,
+                [*written, *self.text.calibration],
+                method="blockwise",
+                num_samples=self.budget.block_samples,
+                seq_len=BLOCK_SEQ_LEN,
+                batch_size=4,
+                epochs=self.budget.epochs,
+                learning_rate=2e-2,
+                scale_learning_rate=1e-2,
             )
             self.train(student, data)
             folder = self.save(row, student.pack_and_unload())
@@ -138,9 +144,12 @@ class Demo:
             per_device_train_batch_size=2,
             max_length=SEQ_LEN,
             packing=True,
-            learning_rate=5e-5,
+            learning_rate=1e-5,
             lr_scheduler_type="cosine",
-            logging_steps=5,
+            warmup_steps=2,
+            gamma_num_batches=2,
+            gradient_checkpointing=False,
+            logging_steps=4,
             save_strategy="no",
             report_to=[],
             bf16=True,
