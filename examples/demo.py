@@ -56,7 +56,7 @@ class Budget:
 
 
 FULL = Budget(chunks=20, clip_samples=16, prompts=48, new_tokens=128, block_samples=544, epochs=1, steps=16)
-QUICK = Budget(chunks=4, clip_samples=6, prompts=8, new_tokens=64, block_samples=52, epochs=2, steps=4)
+QUICK = Budget(chunks=4, clip_samples=6, prompts=8, new_tokens=64, block_samples=64, epochs=2, steps=4)
 
 
 class Demo:

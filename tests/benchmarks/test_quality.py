@@ -1,0 +1,65 @@
+"""The quality benchmark spends equal tokens on every row, measures packed models, and goes on where it stopped."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import _results, quality
+from tests.standin import english, save_standin
+
+
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *rows: str) -> dict[str, Any]:
+    monkeypatch.setattr(_results, "RESULTS", folder / "results")
+    monkeypatch.setattr(quality, "RESULTS", folder / "results")
+    arguments = ["--model", str(folder / "model"), "--train-text", str(folder / "train.jsonl.gz")]
+    arguments += ["--eval", f"topics={folder / 'topics.txt'}", "--tokens", "4096", "--chunks", "2", "--rows", *rows]
+    monkeypatch.setattr(sys, "argv", ["quality", *arguments])
+    quality.main()
+    return json.loads((folder / "results" / "quality.cpu.json").read_text())
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_standin(tmp_path / "model")
+    (tmp_path / "topics.txt").write_text("\n\n".join(english()[10:14]))
+    with gzip.open(tmp_path / "train.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in english()[:6])
+    return tmp_path
+
+
+def test_rows_are_measured_at_equal_tokens_and_only_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = run(folder, monkeypatch, "rtn", "bitdistiller", "balanced", "fast")
+    rows = {row["row"]: row for row in written["rows"]}
+    assert list(rows) == ["full_precision", "rtn", "bitdistiller", "balanced", "fast"]
+    assert rows["rtn"]["tokens"] == 0
+    assert rows["bitdistiller"]["tokens"] == rows["balanced"]["tokens"] == 4096
+    assert rows["fast"]["tokens"] == 1024
+    assert rows["full_precision"]["bits_per_weight"] == 32 or rows["full_precision"]["bits_per_weight"] == 16
+    assert rows["rtn"]["bits_per_weight"] == rows["balanced"]["bits_per_weight"] < 16
+    assert rows["full_precision"]["kl"] == 0 < rows["balanced"]["kl"]
+    assert written["figures"]["2bit_share_of_gap_closed"]["asked"] == {"min": 0.5}
+    assert written["figures"]["2bit_fast_time"]["asked"] == {"max": 0.25}
+
+    def again(self: quality.Bench, name: str) -> dict[str, Any]:
+        raise AssertionError(f"{name} was there already")
+
+    monkeypatch.setattr(quality.Bench, "row", again)
+    assert run(folder, monkeypatch, "rtn", "balanced")["rows"] == written["rows"]
+
+
+def test_figures_compare_the_rows_they_name() -> None:
+    names = {"full_precision": 10.0, "bitdistiller": 1000.0, "balanced": 100.0, "efficientqat": 90.0, "fast": 500.0}
+    rows = [
+        {"row": name, "bits": 2, "seed": 0, "seconds": 1.0, "ppl_wiki": value, "ppl_other": 1.0}
+        for name, value in names.items()
+    ]
+    found = quality.figures(rows)
+    assert found["2bit_share_of_gap_closed"]["value"] == pytest.approx(0.5)
+    assert found["2bit_against_efficientqat"]["value"] == pytest.approx(100 / 90)
+    assert found["2bit_fast_against_bitdistiller"]["value"] == pytest.approx(0.5)
