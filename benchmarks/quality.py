@@ -44,7 +44,7 @@ from bitdistiller_peft import (
 from bitdistiller_peft.calibration.texts import token_windows
 
 SEQ_LEN, CHUNKS = 512, 40
-BLOCK_SEQ_LEN, BLOCK_BATCH = 128, 4
+BLOCK_SEQ_LEN, BLOCK_BATCH = 128, 2
 STEP_TOKENS = 1024
 CLIP_TOKENS = 16 * SEQ_LEN
 
@@ -70,7 +70,7 @@ class Arm:
 
 MIN_MAX = {"learn_scale": False}
 LEARNED = {"learn_zero_point": True}
-OURS = {"learning_rate": 2e-2, "scale_learning_rate": 1e-2}
+OURS = {"learning_rate": 1.5e-2, "scale_learning_rate": 1e-2}
 PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
 GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
 

@@ -56,7 +56,7 @@ class Budget:
 
 
 FULL = Budget(chunks=20, clip_samples=16, prompts=48, new_tokens=128, block_samples=544, epochs=1, steps=16)
-QUICK = Budget(chunks=4, clip_samples=6, prompts=8, new_tokens=64, block_samples=64, epochs=2, steps=4)
+QUICK = Budget(chunks=4, clip_samples=6, prompts=8, new_tokens=64, block_samples=56, epochs=2, steps=4)
 
 
 class Demo:
@@ -124,9 +124,9 @@ class Demo:
                 method="blockwise",
                 num_samples=self.budget.block_samples,
                 seq_len=BLOCK_SEQ_LEN,
-                batch_size=4,
+                batch_size=2,
                 epochs=self.budget.epochs,
-                learning_rate=2e-2,
+                learning_rate=1.5e-2,
                 scale_learning_rate=1e-2,
             )
             self.train(student, data)
