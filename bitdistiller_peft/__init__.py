@@ -16,11 +16,15 @@ if TYPE_CHECKING:
     from bitdistiller_peft.calibration import calibrate as calibrate
     from bitdistiller_peft.evaluation import evaluate_divergence as evaluate_divergence
     from bitdistiller_peft.evaluation import evaluate_perplexity as evaluate_perplexity
+    from bitdistiller_peft.export import export_model as export_model
+    from bitdistiller_peft.export import verify_export as verify_export
     from bitdistiller_peft.grids import register_grid as register_grid
     from bitdistiller_peft.hub import BitDistillerQuantConfig as BitDistillerQuantConfig
     from bitdistiller_peft.hub import print_quant_summary as print_quant_summary
     from bitdistiller_peft.hub import quant_summary as quant_summary
     from bitdistiller_peft.kernels import use_backend as use_backend
+    from bitdistiller_peft.recipes import get_recipe as get_recipe
+    from bitdistiller_peft.recipes import register_recipe as register_recipe
     from bitdistiller_peft.training import DistillConfig as DistillConfig
     from bitdistiller_peft.training import DistillTrainer as DistillTrainer
     from bitdistiller_peft.training import generate_teacher_data as generate_teacher_data
@@ -39,13 +43,17 @@ _HOMES = {
     "calibrate": "calibration",
     "evaluate_divergence": "evaluation",
     "evaluate_perplexity": "evaluation",
+    "export_model": "export",
     "generate_teacher_data": "training",
     "get_bitdistiller_model": "tuner",
+    "get_recipe": "recipes",
     "load_teacher_data": "training",
     "print_quant_summary": "hub",
     "quant_summary": "hub",
     "register_grid": "grids",
+    "register_recipe": "recipes",
     "use_backend": "kernels",
+    "verify_export": "export",
 }
 
 __all__ = sorted([*_HOMES, "__version__"])

@@ -3,6 +3,7 @@
 BitDistillerError
 ├── ConfigError (ValueError)             a setting that cannot work
 │   ├── UnknownNameError                 a name that no registry holds
+│   ├── DoesNotFitError                  a run that this machine's memory or disk cannot hold
 │   └── GroupSizeError                   a group size that does not divide the input width
 ├── TargetError (ValueError)             a module that cannot be quantized as asked
 ├── WeightError (ValueError)             a weight that no code can stand for: NaN, Inf, wrong dtype
@@ -10,6 +11,7 @@ BitDistillerError
 ├── StateError (RuntimeError)            a call that does not fit the model's state (latent, packed, merged)
 ├── CheckpointError (ValueError)         files that are damaged, incomplete or not ours
 │   └── ChecksumError                    bytes that differ from the ones written
+├── ExportError (ValueError)             a model that a foreign format cannot hold, or a foreign file that differs
 ├── DataError (ValueError)               text, prompts or labels that cannot be used
 └── TrainingError (RuntimeError)         a run that cannot go on, for example a loss that is not finite
 """
@@ -49,6 +51,10 @@ class GroupSizeError(ConfigError):
         )
 
 
+class DoesNotFitError(ConfigError):
+    """A run that the memory or the disk of this machine cannot hold; the message names the setting that would."""
+
+
 class TargetError(BitDistillerError, ValueError):
     """A module that cannot be quantized as asked; the message names it."""
 
@@ -71,6 +77,10 @@ class CheckpointError(BitDistillerError, ValueError):
 
 class ChecksumError(CheckpointError):
     """Bytes on disk that differ from those that were written."""
+
+
+class ExportError(BitDistillerError, ValueError):
+    """A model that a foreign format cannot hold exactly, or a foreign file that differs from the model."""
 
 
 class DataError(BitDistillerError, ValueError):

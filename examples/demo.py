@@ -55,7 +55,7 @@ class Budget:
     steps: int
 
 
-FULL = Budget(chunks=20, clip_samples=16, prompts=48, new_tokens=128, block_samples=544, epochs=1, steps=16)
+FULL = Budget(chunks=20, clip_samples=16, prompts=48, new_tokens=128, block_samples=520, epochs=1, steps=12)
 QUICK = Budget(chunks=4, clip_samples=6, prompts=8, new_tokens=64, block_samples=56, epochs=2, steps=4)
 
 

@@ -14,6 +14,8 @@ from contextlib import AbstractContextManager
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Most tests are about equal bits, which is the reference's promise; tests/kernels forces the other backends by name.
+os.environ.setdefault("BITDISTILLER_BACKEND", "reference")
 
 import numpy as np
 import pytest

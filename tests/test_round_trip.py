@@ -17,6 +17,7 @@ from bitdistiller_peft import use_backend
 from bitdistiller_peft.layers import PackedLinear
 from bitdistiller_peft.tuner import BitDistillerLayer
 from tests.hub.models import logits, make_student, run_python
+from tests.quantizers.samples import WIDTHS
 from tests.tiny import CONFIGS, MOE, token_ids
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -36,7 +37,7 @@ class Case(NamedTuple):
 
 FACTORS: dict[str, tuple[Any, ...]] = {
     "arch": tuple(CONFIGS),
-    "grid": ("int", "int_sym", "nf", "nf_sym"),
+    "grid": ("int", "int_sym", "nf", "nf_sym", "fp", "fp_sym", "ternary", "r2q"),
     "bits": (2, 3, 4, 8),
     "group_size": (32, -1, "tensor", 4),
     "dtype": tuple(DTYPES),
@@ -50,7 +51,7 @@ MATRIX = ("arch", "grid", "bits", "group_size", "dtype")
 def is_possible(values: dict[str, Any]) -> bool:
     """Whether some of a case's values can stand together; every rule is about two of them."""
     pairs = {
-        ("grid", "bits"): lambda grid, bits: bits != 8 or grid.startswith("int"),
+        ("grid", "bits"): lambda grid, bits: bits in WIDTHS[grid],
         ("arch", "group_size"): lambda arch, size: arch not in MOE or size != "tensor",
         # four small random weights may need a scale that fp16 cannot hold
         ("group_size", "scale_dtype"): lambda size, scale_dtype: (size, scale_dtype) != (4, "float16"),

@@ -1,14 +1,16 @@
-"""Look at a model before training: activation capture, clip search, block-wise reconstruction."""
+"""Look at a model before training: activation capture, clip search, GPTQ, AWQ, block-wise reconstruction."""
 
 from bitdistiller_peft.calibration.api import calibrate
-from bitdistiller_peft.calibration.options import BlockwiseOptions, ClipOptions
+from bitdistiller_peft.calibration.options import AwqOptions, BlockwiseOptions, ClipOptions, GptqOptions
 from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult, LayerReport
 
 __all__ = [
+    "AwqOptions",
     "BlockReport",
     "BlockwiseOptions",
     "CalibrationResult",
     "ClipOptions",
+    "GptqOptions",
     "LayerReport",
     "calibrate",
 ]

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from bitdistiller_peft.calibration.awq import AwqSweep
 from bitdistiller_peft.calibration.blockwise import reconstruct
-from bitdistiller_peft.calibration.options import BlockwiseOptions, ClipOptions, make_options
+from bitdistiller_peft.calibration.gptq_sweep import GptqSweep, check_learned_scales
+from bitdistiller_peft.calibration.options import AwqOptions, BlockwiseOptions, ClipOptions, GptqOptions, make_options
 from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult, LayerReport
 from bitdistiller_peft.calibration.slots import Display, Slot, find_student
 from bitdistiller_peft.calibration.sweep import Sweep, segments
@@ -37,26 +39,29 @@ def calibrate(
 
     `method="clip"` chooses, for every output channel and group, the range between shrunk ends that disturbs the
     layer's output least; layers are done front to back, each on inputs made by the calibrated ones before it.
+    `method="gptq"` also moves the weights, so that rounding errors make up for one another. `method="awq"` scales
+    weights by the size of their inputs, where the student owns something that can take the scale back.
     `method="blockwise"` goes on from there and trains the weights and scales of one decoder block after the other to
     reproduce the output of the full-precision block.
 
-    The teacher (the base weights), train mode, `requires_grad` and random states are as before. A clip search that
-    is interrupted leaves the model as it was. An interrupted block-wise run keeps the blocks that are finished; the
-    one at work goes back to what it was.
+    The teacher (the base weights), train mode, `requires_grad` and random states are as before. A run that is
+    interrupted leaves the model as it was; but a block-wise one keeps the blocks that are finished, and the one at
+    work goes back to what it was.
 
     Args:
         model: the `PeftModel` from `get_bitdistiller_model`; its active adapter is calibrated, in place.
         tokenizer: the model's tokenizer; `None` for token ids.
         texts: calibration texts, joined and cut into windows in the order given; or token ids `[samples, seq_len]`; not
             looked at where `objective="weight"`.
-        method: `"clip"` or `"blockwise"`.
+        method: `"clip"`, `"gptq"`, `"awq"` or `"blockwise"`.
         num_samples: windows at most.
         seq_len: tokens in a window.
-        batch_size: windows run at once; for `"blockwise"` also those of one training step. By default 8 for `"clip"`
-            and 1 for `"blockwise"`.
+        batch_size: windows run at once; for `"blockwise"` also those of one training step. By default 1 for
+            `"blockwise"`, else 8.
         show_progress: show a bar with the time left.
         output_path: also save the result there, see `CalibrationResult.save`.
-        options: the fields of `ClipOptions`, or of `BlockwiseOptions`, e.g. `skip=("q_proj", "k_proj")`.
+        options: the fields of `ClipOptions`, `GptqOptions`, `AwqOptions` or `BlockwiseOptions`, e.g.
+            `skip=("q_proj", "k_proj")`.
 
     Returns:
         The result; `print` it for a table of errors, layer by layer.
@@ -64,7 +69,7 @@ def calibrate(
     Raises:
         StateError: not such a model, or its adapter is merged or disabled.
         DataError: too little text, or activations that are not finite; the layer is named.
-        ConfigError, UnknownNameError: an option outside its rule.
+        ConfigError, UnknownNameError: an option outside its rule, or GPTQ where scales are not learned.
         WeightError: a weight that cannot be quantized; the layer is named.
         TrainingError: a block's loss is not finite; the block is named.
 
@@ -75,14 +80,23 @@ def calibrate(
     chosen = make_options(method, options)
     base, slots = find_student(model)
     chosen.check_skip([slot.layer_name for slot in slots])
+    if isinstance(chosen, GptqOptions):
+        check_learned_scales(slots, chosen)
+    if getattr(chosen, "clip_search", True):
+        for slot in slots:
+            if not chosen.skips(slot.layer_name):
+                slot.check_searchable()
     if chosen.needs_text:
         windows = token_windows(texts, tokenizer, num_samples, seq_len)
         _check_length(base, windows.shape[1])
     else:
         windows = torch.empty(0, 0, dtype=torch.long)
     batches = _batches(windows, batch_size, method, slots[0].weight.device)
-    run = _reconstruct if isinstance(chosen, BlockwiseOptions) else _clip
-    with _borrowed(model), tqdm(total=len(slots), desc="Calibrating", unit="layer", disable=not show_progress) as bar:
+    run = _reconstruct if isinstance(chosen, BlockwiseOptions) else _sweep
+    with (
+        _borrowed(model),
+        tqdm(total=len(slots) * chosen.passes, desc="Calibrating", unit="layer", disable=not show_progress) as bar,
+    ):
 
         def advance(name: str) -> None:
             bar.set_postfix_str(name, refresh=False)
@@ -95,11 +109,16 @@ def calibrate(
     return result
 
 
-def _clip(
+def _sweep(
     base: nn.Module, slots: list[Slot], batches: list[Tensor], options: ClipOptions, advance: Callable[[str], None]
 ) -> tuple[Sweep, list[BlockReport]]:
     with Display() as display:
-        sweep = Sweep(options, len(batches), display, advance)
+        if isinstance(options, AwqOptions):
+            scaling = AwqSweep(options, len(batches), display, advance)
+            scaling.run(base, slots, batches)
+            return scaling, []
+        kind = GptqSweep if isinstance(options, GptqOptions) else Sweep
+        sweep = kind(options, len(batches), display, advance)  # type: ignore[arg-type]  # each its own options
         for _ in segments(base, slots, batches, sweep):
             display.clear()
     sweep.apply(slots)
@@ -139,7 +158,7 @@ def _check_length(base: nn.Module, seq_len: int) -> None:
 
 def _batches(windows: Tensor, batch_size: int | None, method: str, device: torch.device) -> list[Tensor]:
     if batch_size is None:
-        batch_size = 8 if method == "clip" else 1
+        batch_size = 1 if method == "blockwise" else 8
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ConfigError(f"`batch_size` must be a positive integer: got batch_size={batch_size!r}. Use 8.")
     return list(torch.split(windows.to(device), batch_size))

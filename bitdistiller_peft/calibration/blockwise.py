@@ -135,7 +135,11 @@ class _Block:
             for slot in self.slots:
                 sweep.on_slot(slot.name)
             return
-        segment = Segment(self.name, self.slots, lambda index: self._run(index, self.hidden[index]))
+        wanted = math.ceil(options.clip_tokens / self.hidden[0][..., 0].numel())
+        some = range(0, len(self.hidden), max(1, len(self.hidden) // wanted))
+        segment = Segment(
+            self.name, self.slots, lambda index: self._run(some[index], self.hidden[some[index]]), len(some)
+        )
         sweep.give_up(sweep.search(segment))
         sweep.display.clear()
         sweep.apply(self.slots)

@@ -23,7 +23,7 @@ from bitdistiller_peft.calibration.clip import group_width
 from bitdistiller_peft.calibration.slots import Slot
 from bitdistiller_peft.errors import DataError
 from bitdistiller_peft.kernels import compute_dtype
-from bitdistiller_peft.layers import forward_with
+from bitdistiller_peft.layers import SubLN, forward_with
 
 Run = Callable[[int], object]  # runs the forward pass of one batch
 
@@ -41,6 +41,7 @@ class Gram:
         self.width = width
         self.tokens = 0
         self._sum: Tensor | None = None
+        self._magnitudes: Tensor | None = None
 
     @torch.no_grad()
     def add(self, inputs: Tensor) -> None:
@@ -52,12 +53,18 @@ class Gram:
         if self._sum is None:
             has_double = products.device.type != "mps"
             self._sum = torch.zeros_like(products, dtype=torch.float64 if has_double else torch.float32)
+            self._magnitudes = torch.zeros_like(self._sum[:, 0])
         self._sum += products
+        self._magnitudes += groups.abs().sum(1)  # type: ignore[operator]  # made with the sum
         self.tokens += groups.shape[1]
 
     def mean(self) -> Tensor | None:
         """The mean over the tokens, fp32 ``[groups, width, width]``, or `None` if none came by."""
         return None if self._sum is None else (self._sum / self.tokens).float()
+
+    def magnitude(self) -> Tensor | None:
+        """The mean of ``|x|`` of every input over the tokens, fp32 ``[in]``, or `None` if none came by."""
+        return None if self._magnitudes is None else (self._magnitudes / self.tokens).float().flatten()
 
 
 @dataclass
@@ -66,15 +73,22 @@ class Stage:
 
     Attributes:
         slots: the slots; the first one's layer is where the input is caught.
-        grams: Gram matrices by group width; for experts, one for each expert.
+        is_whole: keep one Gram matrix of all inputs, not one for each group of them.
+        grams: Gram matrices by width; for experts, one for each expert.
     """
 
     slots: list[Slot]
+    is_whole: bool = False
     grams: dict[int, list[Gram]] = field(default_factory=dict)
+
+    def width(self, slot: Slot) -> int:
+        """Inputs that share a Gram matrix."""
+        inputs = slot.weight.shape[-1]
+        return inputs if self.is_whole else group_width(slot.spec, inputs)
 
     def clear(self) -> None:
         """Begin anew."""
-        widths = {group_width(slot.spec, slot.weight.shape[-1]) for slot in self.slots}
+        widths = {self.width(slot) for slot in self.slots}
         experts = self.slots[0].weight.shape[0] if is_fused(self.slots[0]) else 1
         self.grams = {width: [Gram(width) for _ in range(experts)] for width in widths}
 
@@ -82,6 +96,10 @@ class Stage:
         """Take in inputs ``[..., in]``."""
         for grams in self.grams.values():
             grams[expert].add(inputs)
+
+    def magnitude(self) -> Tensor | None:
+        """The mean of ``|x|`` of every input, fp32 ``[in]``, or `None` if no token came; not for experts."""
+        return next(iter(self.grams.values()))[0].magnitude()
 
     def gram_of(self, slot: Slot) -> tuple[Tensor | None, int]:
         """The slot's Gram matrices ``[..., groups, width, width]``, and how many of its experts saw no token.
@@ -91,7 +109,7 @@ class Stage:
         Raises:
             DataError: an activation was NaN or infinite; the layer is named.
         """
-        means = [gram.mean() for gram in self.grams[group_width(slot.spec, slot.weight.shape[-1])]]
+        means = [gram.mean() for gram in self.grams[self.width(slot)]]
         present = [mean for mean in means if mean is not None]
         if not present:
             return None, len(means)
@@ -111,12 +129,13 @@ def is_fused(slot: Slot) -> bool:
     return slot.weight.ndim == 3
 
 
-def find_stages(slots: Sequence[Slot], run: Run) -> tuple[list[Stage], list[Slot]]:
+def find_stages(slots: Sequence[Slot], run: Run, *, is_whole: bool = False) -> tuple[list[Stage], list[Slot]]:
     """Sort slots into stages by one forward pass.
 
     Args:
         slots: the slots of interest.
         run: runs a first batch.
+        is_whole: see `Stage`.
 
     Returns:
         The stages in the order of their inputs, and the slots that were not reached.
@@ -137,9 +156,9 @@ def find_stages(slots: Sequence[Slot], run: Run) -> tuple[list[Stage], list[Slot
     for slot, tensor in reached:
         if slot.name not in seen:
             seen.add(slot.name)
-            # each parameter of fused experts has inputs of its own
-            key = (id(tensor), slot.name if is_fused(slot) else "")
-            stages.setdefault(key, Stage([])).slots.append(slot)
+            # each parameter of fused experts, and each layer with a norm before it, has inputs of its own
+            key = (id(tensor), slot.name if is_fused(slot) or _input_norm(slot) is not None else "")
+            stages.setdefault(key, Stage([], is_whole)).slots.append(slot)
     return list(stages.values()), [slot for slot in slots if slot.name not in seen]
 
 
@@ -169,8 +188,11 @@ def _catching(stage: Stage, *, stop: bool) -> Iterator[None]:
             yield
         return
 
+    norm = _input_norm(slot)
+
     def before(module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        stage.add(_input(args, kwargs))
+        inputs = _input(args, kwargs)
+        stage.add(inputs if norm is None else norm(inputs))
         if stop:
             raise EarlyStop
 
@@ -226,6 +248,12 @@ class _Listener(TorchFunctionMode):
             if weight.untyped_storage().data_ptr() == self._weight.untyped_storage().data_ptr():
                 self._stage.add(inputs, weight.storage_offset() // self._weight[0].numel())
         return func(*args, **(kwargs or {}))
+
+
+def _input_norm(slot: Slot) -> SubLN | None:
+    """What normalizes the inputs inside of the overlay, after the hook that catches them."""
+    active: list[str] = list(slot.layer.active_adapters)  # type: ignore[arg-type]
+    return slot.layer.input_norm(active[0])
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -11,6 +11,9 @@ Two grids have further structure that keeps the search exact:
   maximum moves and one that only the minimum moves; 10 x 10 candidates then take 10 quantizations and 10 products;
 * where one scale serves both signs, shrinking both ends together already visits every scale worth visiting.
 
+A grid whose scale is a mean (``ternary``) has no range of its own. There the search starts at that mean and goes
+outwards, scale by scale; the range it gives is that of the outermost levels.
+
 Source: BitDistiller (arXiv 2402.10631), section 3.1; the candidates are those of its released code.
 """
 
@@ -23,9 +26,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.grids import CodebookGrid
+from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.grids import CodebookGrid, TernaryGrid
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, get_quantizer, to_groups
-from bitdistiller_peft.quantizers.base import group_range
 
 FACTORS = tuple(1 - i / 20 for i in range(10))
 TILE_ELEMENTS = 1 << 19  # weights times candidates at work at once: small enough for a CPU's cache
@@ -69,15 +72,22 @@ def search_range(
 
     Returns:
         The best range of every group; of equals, the one that comes first in the list of factors.
+
+    Raises:
+        ConfigError: the scales of the grid do not follow from a range.
     """
+    check_searchable(spec, clamp_weight=clamp_weight)
     *batch, out_features, in_features = weight.shape
     width = group_width(spec, in_features)
     # the axes that quantizers call [..., groups, group] are [group of inputs, output channel, input] from here on
     groups = to_groups(weight.detach().float(), width).movedim(-2, -3).reshape(-1, out_features, width)
     gram = gram.float().reshape(-1, width, width)
     is_shared = spec.group_size == "tensor"
-    low, high = group_range(groups.reshape(len(groups), 1, -1) if is_shared else groups)
-    search = _Search(spec, tuple(factors), weight.dtype if clamp_weight else None)
+    space = get_quantizer(spec.grid).search_space(
+        groups.reshape(len(groups), 1, -1) if is_shared else groups, tuple(factors)
+    )
+    low, high = space.low, space.high
+    search = _Search(spec, space.factors, weight.dtype if clamp_weight else None)
     found = ClipRange(*(torch.empty_like(low) for _ in ClipRange._fields))
     for tile in _tiles(groups.shape, len(factors), is_shared):
         best = search.best(groups[tile], gram[tile[0]], low[tile], high[tile])
@@ -88,6 +98,24 @@ def search_range(
         return values.reshape(*batch, -1, low.shape[-1]).transpose(-1, -2).contiguous()
 
     return ClipRange(*map(as_params, found))
+
+
+def check_searchable(spec: QuantSpec, *, clamp_weight: bool) -> None:
+    """Refuse grids whose scales do not follow from a range as the search would set it.
+
+    Args:
+        spec: how the weight is quantized.
+        clamp_weight: whether the range takes effect by clamping the weight, whose own parameters then quantize it.
+
+    Raises:
+        ConfigError: see above.
+    """
+    get_quantizer(spec.grid).search_space(torch.zeros(1, 1), FACTORS)  # a family without ranges says so
+    if clamp_weight and isinstance(spec.grid, TernaryGrid):
+        raise ConfigError(
+            "`learn_scale` must be True to search the ranges of grid='ternary': got learn_scale=False, where the "
+            "scale is the mean magnitude whatever the range. Use learn_scale=True, or leave such layers out with skip."
+        )
 
 
 def _tiles(shape: torch.Size, num_factors: int, is_shared: bool) -> Iterator[tuple[slice, slice]]:

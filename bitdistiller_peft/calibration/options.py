@@ -10,7 +10,7 @@ from typing import Any, Literal
 from bitdistiller_peft.calibration.clip import FACTORS
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
 
-METHODS = ("blockwise", "clip")
+METHODS = ("awq", "blockwise", "clip", "gptq")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,11 @@ class ClipOptions:
         """Whether the model has to be run."""
         return self.objective == "output"
 
+    @property
+    def passes(self) -> int:
+        """How often each parameter is looked at."""
+        return 1
+
     def skips(self, layer_name: str) -> bool:
         """Whether a layer keeps min-max."""
         return any(_matches(name, layer_name) for name in self.skip)
@@ -88,25 +93,27 @@ class BlockwiseOptions(ClipOptions):
 
     Args:
         epochs: passes over the samples, for each block; 0 leaves it at the clip search.
-        learning_rate: of the master weights (AdamW, no weight decay), in steps of the grid: 0.005 means that a weight
-            moves by up to 1/200 of the distance between two levels in one training step, whatever the size of the
-            weights. With few training steps more is needed, with thousands 0.001 is enough.
+        learning_rate: of the master weights (AdamW, no weight decay), in steps of the grid: 0.01 means that a weight
+            moves by up to 1/100 of the distance between two levels in one training step, whatever the size of the
+            weights. With a few dozen steps a block 0.02 is better, with thousands 0.001 is enough.
         scale_learning_rate: of learned scales, relative to the scale; of learned zero points, in code steps.
         targets: what a block is to reproduce: the output of the full-precision block on `"full"` precision inputs, or
             on the `"quantized"` ones that it itself receives.
         loss: `"normalized"` compares outputs after each token's root mean square is divided out, as the norm that reads
             them does; `"mse"` as they are, where the few tokens with huge activations outweigh all others.
         clip_search: start each block from the clip search; else from the student as it is.
+        clip_tokens: tokens of the samples, evenly spread, that the clip search looks at.
         warmup: share of the steps with a rising learning rate; a cosine to zero follows.
         seed: order of the samples.
     """
 
     epochs: int = 2
-    learning_rate: float = 5e-3
-    scale_learning_rate: float = 2e-3
+    learning_rate: float = 1e-2
+    scale_learning_rate: float = 1e-2
     targets: Literal["full", "quantized"] = "full"
     loss: Literal["normalized", "mse"] = "normalized"
     clip_search: bool = True
+    clip_tokens: int = 16384
     warmup: float = 0.05
     seed: int = 0
 
@@ -118,6 +125,10 @@ class BlockwiseOptions(ClipOptions):
                 raise UnknownNameError(name, getattr(self, name), known)
         if not isinstance(self.epochs, int) or self.epochs < 0:
             raise ConfigError(f"`epochs` must be a whole number of at least 0: got epochs={self.epochs!r}. Use 2.")
+        if not isinstance(self.clip_tokens, int) or self.clip_tokens < 1:
+            raise ConfigError(
+                f"`clip_tokens` must be a positive whole number: got clip_tokens={self.clip_tokens!r}. Use 16384."
+            )
         for name in ("learning_rate", "scale_learning_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must lie in [0, 1): got {name}={getattr(self, name)!r}. Use 0.002.")
@@ -130,11 +141,87 @@ class BlockwiseOptions(ClipOptions):
         return True
 
 
+@dataclass(frozen=True)
+class GptqOptions(ClipOptions):
+    """Options of GPTQ; those of the clip search, which chooses the ranges of groups, included.
+
+    Args:
+        damping: added to the diagonal of the Gram matrix, relative to its mean. More of it trusts the text less.
+        block_size: inputs whose errors are passed on together; changes speed, and results by rounding alone.
+        act_order: round inputs in the order of falling activations, instead of that in which they stand. All ranges
+            are then chosen at the start, on the original weights, so that groups stay what they are.
+        clip_search: choose ranges by the clip search on the inputs of the group; else by min-max.
+
+    Raises:
+        ConfigError: a value outside its rule.
+    """
+
+    damping: float = 0.01
+    block_size: int = 128
+    act_order: bool = False
+    clip_search: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value."""
+        super().__post_init__()
+        if self.objective != "output":
+            raise ConfigError(
+                f"`objective` must be 'output' for method='gptq': got objective={self.objective!r}. Without inputs "
+                "there is nothing that errors could make up for; use method='clip'."
+            )
+        if self.inputs == "clipped":
+            raise ConfigError("`inputs` must be 'quantized' or 'full' for method='gptq': got inputs='clipped'.")
+        if not isinstance(self.damping, (int, float)) or not 0 < self.damping <= 1:
+            raise ConfigError(f"`damping` must lie in (0, 1]: got damping={self.damping!r}. Use 0.01.")
+        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
+            raise ConfigError(f"`block_size` must be a positive integer: got block_size={self.block_size!r}. Use 128.")
+        _check_flags(self, ("act_order", "clip_search"))
+
+
+@dataclass(frozen=True)
+class AwqOptions(ClipOptions):
+    """Options of activation-aware scaling; those of the clip search, which comes after it, included.
+
+    Args:
+        alphas: exponents to try: an input with mean magnitude ``m`` is scaled by ``m ** alpha``. All in [0, 1], with 0,
+            which is no scaling, among them.
+        clip_search: search the ranges of the scaled weights; else they are min-max.
+
+    Raises:
+        ConfigError: a value outside its rule.
+    """
+
+    alphas: Sequence[float] = tuple(i / 20 for i in range(20))
+    clip_search: bool = True
+
+    def __post_init__(self) -> None:
+        """Check every value and bring `alphas` into one form."""
+        super().__post_init__()
+        if self.objective != "output":
+            raise ConfigError(
+                f"`objective` must be 'output' for method='awq': got objective={self.objective!r}. Scales are made "
+                "from activations; use method='clip'."
+            )
+        _check_flags(self, ("clip_search",))
+        try:
+            alphas = tuple(sorted({float(value) for value in self.alphas}))
+        except (TypeError, ValueError):
+            raise ConfigError(f"`alphas` must be numbers: got alphas={self.alphas!r}. Use e.g. (0.0, 0.5).") from None
+        if not alphas or alphas[0] != 0 or not alphas[-1] <= 1:
+            raise ConfigError(f"`alphas` must lie in [0, 1], with 0 among them: got alphas={list(alphas)}.")
+        object.__setattr__(self, "alphas", alphas)
+
+    @property
+    def passes(self) -> int:
+        """How often each parameter is looked at."""
+        return 2 if self.clip_search else 1
+
+
 def make_options(method: str, values: dict[str, Any]) -> ClipOptions:
     """Build the options of a method.
 
     Args:
-        method: `"clip"` or `"blockwise"`.
+        method: `"clip"`, `"gptq"`, `"awq"` or `"blockwise"`.
         values: options by name.
 
     Raises:
@@ -146,6 +233,10 @@ def make_options(method: str, values: dict[str, Any]) -> ClipOptions:
             kind: type[ClipOptions] = ClipOptions
         case "blockwise":
             kind = BlockwiseOptions
+        case "gptq":
+            kind = GptqOptions
+        case "awq":
+            kind = AwqOptions
         case _:
             raise UnknownNameError("method", method, METHODS)
     known = [field.name for field in fields(kind)]
@@ -153,6 +244,12 @@ def make_options(method: str, values: dict[str, Any]) -> ClipOptions:
         if name not in known:
             raise UnknownNameError("option", name, known)
     return kind(**values)
+
+
+def _check_flags(options: object, names: Iterable[str]) -> None:
+    for name in names:
+        if type(getattr(options, name)) is not bool:
+            raise ConfigError(f"`{name}` must be True or False: got {name}={getattr(options, name)!r}.")
 
 
 def _checked_factors(values: Sequence[float]) -> tuple[float, ...]:

@@ -29,8 +29,8 @@ class LayerReport:
 
     Attributes:
         name: the parameter, e.g. ``"model.layers.0.mlp.up_proj.weight"``.
-        error_before: output error of min-max relative to the output, summed group by group.
-        error_after: the same after calibration.
+        error_before: output error of min-max relative to the output; of a clip search, summed group by group.
+        error_after: the same after calibration; of AWQ, after the scaling and before the clip search.
         shrink_low: mean factor on the groups' minimum.
         shrink_high: mean factor on the groups' maximum.
         seconds: time of the search.
@@ -70,7 +70,7 @@ class CalibrationResult:
     """What `calibrate` returns; `print(result)` shows it.
 
     Attributes:
-        method: ``"clip"`` or ``"blockwise"``.
+        method: ``"clip"``, ``"gptq"``, ``"awq"`` or ``"blockwise"``.
         layers: one report for each quantized parameter, in the order of the search.
         ranges: the chosen ends ``(clip_min, clip_max)`` by parameter, each ``[..., out, groups]``.
         specs: how each parameter is quantized, as plain values.
@@ -195,13 +195,13 @@ class CalibrationResult:
             model: a `PeftModel` from `get_bitdistiller_model`.
 
         Raises:
-            StateError: the model is no such model, or the result is of a method that trains the weights.
+            StateError: the model is no such model, or the result is of a method that changes the weights.
             CheckpointError: a parameter is missing, or is quantized otherwise or of another shape; it is named, and
                 the model is as it was.
         """
         if self.method != "clip":
             raise StateError(
-                f"only a clip search can be applied: got method={self.method!r}, which trained the weights. Keep them "
+                f"only a clip search can be applied: got method={self.method!r}, which changed the weights. Keep them "
                 "with model.save_pretrained(), and load that."
             )
         _, slots = find_student(model)
@@ -216,6 +216,7 @@ class CalibrationResult:
     def _check(self, name: str, ends: tuple[Tensor, Tensor], slot: Slot | None) -> None:
         if slot is None:
             raise CheckpointError(f"the model must have the calibrated parameter {name!r}: it has none of this name.")
+        slot.check_searchable()
         spec = slot.spec.to_dict()
         if self.specs.get(name) != spec:
             raise CheckpointError(

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from bitdistiller_peft.calibration.clip import check_searchable
 from bitdistiller_peft.errors import BitDistillerError, StateError, add_location
 from bitdistiller_peft.kernels import fake_quantize
 from bitdistiller_peft.layers import (
@@ -73,6 +74,17 @@ class Slot:
         except BitDistillerError as error:
             raise add_location(error, f"layer {self.layer_name!r}") from None
 
+    def check_searchable(self) -> None:
+        """Refuse a grid whose scales do not follow from a range.
+
+        Raises:
+            ConfigError: see `clip.check_searchable`; the layer is named.
+        """
+        try:
+            check_searchable(self.spec, clamp_weight=not self.has_learned_scale)
+        except BitDistillerError as error:
+            raise add_location(error, f"layer {self.layer_name!r}") from None
+
     @torch.no_grad()
     def set_range(self, low: Tensor, high: Tensor, *, clip_weight: bool) -> None:
         """Quantize within a range from now on.
@@ -93,7 +105,7 @@ class Slot:
         params = quantizer.params_from_range(low, high, self.spec)
         set_learned_params(self.student, "weight", params)
         if clip_weight:
-            self._clamp(*self._outermost(params))
+            self._clamp(*self.outermost(params))
 
     @torch.no_grad()
     def quantized_in(self, low: Tensor, high: Tensor) -> Tensor:
@@ -107,16 +119,40 @@ class Slot:
             scale=params.scale.float(),
             zero_point=params.zero_point,
             scale_negative=None if params.scale_negative is None else params.scale_negative.float(),
+            scale_residual=params.scale_residual,
         )
 
     @torch.no_grad()
     def step_size(self) -> float:
         """Mean distance between neighbouring levels, in weight units."""
         _, params = quantized(self.student, "weight")
-        lowest, highest = self._outermost(params)
+        lowest, highest = self.outermost(params)
         return float((highest - lowest).mean()) / (self.spec.grid.num_levels - 1)
 
-    def _outermost(self, params: QuantParams) -> tuple[Tensor, Tensor]:
+    @torch.no_grad()
+    def set_quantized(self, weight: Tensor, params: QuantParams, *, clip_weight: bool) -> None:
+        """Take over a master weight and the parameters that quantize it, where scales are learned.
+
+        Args:
+            weight: the master weight.
+            params: the parameters of each group.
+            clip_weight: clamp the master weight to the outermost levels.
+        """
+        self.student.weight.copy_(weight)
+        set_learned_params(self.student, "weight", params)
+        if clip_weight:
+            self._clamp(*self.outermost(params))
+
+    def reset_params(self) -> None:
+        """Where scales are learned, start them anew from the master weight.
+
+        Raises:
+            WeightError, ScaleRangeError: the weight cannot be quantized; the layer is named.
+        """
+        self.check()
+        set_learned_params(self.student, "weight", find_params(self.weight, self.spec))
+
+    def outermost(self, params: QuantParams) -> tuple[Tensor, Tensor]:
         """The lowest and the highest level of each group."""
         lowest = torch.zeros(params.scale.shape, device=params.scale.device).unsqueeze(-1)
         highest = lowest + (self.spec.grid.num_levels - 1)

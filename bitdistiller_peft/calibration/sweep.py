@@ -50,11 +50,19 @@ class Finding:
 
 @dataclass(frozen=True)
 class Segment:
-    """A part of the model that can be run alone: its slots, and its forward pass by batch index."""
+    """A part of the model that can be run alone: its slots, and its forward pass by batch index.
+
+    Attributes:
+        name: for messages.
+        slots: what is quantized in it.
+        run: its forward pass.
+        num_batches: batches it can be run on; by default the sweep's.
+    """
 
     name: str
     slots: list[Slot]
     run: Callable[[int], object]
+    num_batches: int | None = None
 
 
 class Sweep:
@@ -66,6 +74,8 @@ class Sweep:
         display: presents calibrated weights to the layers after them.
         on_slot: called with the name of each slot that is done.
     """
+
+    is_whole = False  # what a slot is searched on: the Gram matrix of all its inputs, or those of its groups
 
     def __init__(
         self, options: ClipOptions, num_batches: int, display: Display, on_slot: Callable[[str], None]
@@ -88,14 +98,14 @@ class Sweep:
             for slot in slots:
                 self._search_slot(slot, _identity(slot), "")
             return []
-        stages, unseen = find_stages(slots, segment.run) if slots else ([], [])
+        stages, unseen = find_stages(slots, segment.run, is_whole=self.is_whole) if slots else ([], [])
         if one_pass or self.options.order == "block":
             self._search_stages(stages, segment, stop=False)
         else:
             for stage in stages:
                 self._search_stages([stage], segment, stop=True)
         # experts in a module list: the first batch may have passed them by
-        rest = [Stage([slot]) for slot in unseen]
+        rest = [Stage([slot], self.is_whole) for slot in unseen]
         self._search_stages(rest, segment, stop=False)
         return [slot for slot in unseen if slot.name not in self.findings]
 
@@ -139,7 +149,7 @@ class Sweep:
     def _search_stages(self, stages: Sequence[Stage], segment: Segment, *, stop: bool) -> None:
         if not stages:
             return
-        capture(stages, segment.run, self.num_batches, stop=stop)
+        capture(stages, segment.run, segment.num_batches or self.num_batches, stop=stop)
         for stage in stages:
             for slot in stage.slots:
                 gram, without = stage.gram_of(slot)
@@ -151,12 +161,26 @@ class Sweep:
     def _search_slot(self, slot: Slot, gram: Tensor, note: str) -> None:
         slot.check()
         started = time.perf_counter()
+        found = self.find(slot, gram, note)
+        self.findings[slot.name] = found
+        self._show(slot, found)
+        self.findings[slot.name] = replace(found, seconds=time.perf_counter() - started)
+        self.on_slot(slot.name)
+
+    def find(self, slot: Slot, gram: Tensor, note: str) -> Finding:
+        """Search one slot.
+
+        Args:
+            slot: the slot.
+            gram: Gram matrices of its inputs, ``[..., in / width, width, width]``.
+            note: what is to be said about it.
+        """
         found = search_range(
             slot.weight, gram, slot.spec, factors=self.options.factors, clamp_weight=not slot.has_learned_scale
         )
-        shrink_low, shrink_high = _mean_factors(slot, found.low, found.high)
+        shrink_low, shrink_high = mean_factors(slot, found.low, found.high)
         energy = max(float(found.energy.sum(dtype=torch.float64)), torch.finfo(torch.float32).tiny)
-        self.findings[slot.name] = Finding(
+        return Finding(
             found.low,
             found.high,
             float(found.error_before.sum(dtype=torch.float64)) / energy,
@@ -165,9 +189,6 @@ class Sweep:
             shrink_high,
             note=note,
         )
-        self._show(slot, self.findings[slot.name])
-        self.findings[slot.name] = replace(self.findings[slot.name], seconds=time.perf_counter() - started)
-        self.on_slot(slot.name)
 
 
 def segments(model: nn.Module, slots: list[Slot], batches: Sequence[Tensor], sweep: Sweep) -> Iterator[list[Slot]]:
@@ -222,7 +243,7 @@ def _identity(slot: Slot) -> Tensor:
     return eye.expand(*batch, in_features // width, width, width)
 
 
-def _mean_factors(slot: Slot, low: Tensor, high: Tensor) -> tuple[float, float]:
+def mean_factors(slot: Slot, low: Tensor, high: Tensor) -> tuple[float, float]:
     """How far both ends moved, on average over the groups that have weights on that side."""
     means = []
     for chosen, whole in zip((low, high), slot.min_max(), strict=True):

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from bitdistiller_peft.errors import ConfigError, StateError, TrainingError
-from bitdistiller_peft.evaluation.forward import borrowed, progress, run, tiles, widened
+from bitdistiller_peft.evaluation.forward import progress, run, tiles, widened
 from bitdistiller_peft.evaluation.protocol import Chunks, check_fits, cut_text
 from bitdistiller_peft.evaluation.state import FULL_PRECISION, STUDENT, detect_state, is_merged
 from bitdistiller_peft.losses import forward_kl
+from bitdistiller_peft.tuner import borrowed
 
 SELF = "self"
 

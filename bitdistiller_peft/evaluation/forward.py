@@ -1,9 +1,8 @@
-"""Run models for a score: borrowed and given back as they were, with bounded memory."""
+"""Run models for a score, with bounded memory."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -11,32 +10,6 @@ from tqdm import tqdm
 
 _TILE_ELEMENTS = 1 << 24
 """Logits widened to fp32 at once: 64 MiB."""
-
-
-@contextmanager
-def borrowed(*models: nn.Module) -> Iterator[None]:
-    """Put models into eval mode without gradients; on leaving, all is as it was.
-
-    That is: the train mode of every module, which parameters require gradients (switching adapters off and on changes
-    that), and the random state.
-
-    Args:
-        models: the models to be run.
-    """
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    flags = [(parameter, parameter.requires_grad) for model in models for parameter in model.parameters()]
-    devices = {parameter.device for parameter, _ in flags if parameter.is_cuda}
-    try:
-        for model in models:
-            model.eval()
-        # not inference_mode: what a layer caches now must not break a later backward pass
-        with torch.no_grad(), torch.random.fork_rng(list(devices)):
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 def run(model: nn.Module, ids: Tensor) -> Tensor:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from bitdistiller_peft.errors import TrainingError
-from bitdistiller_peft.evaluation.forward import borrowed, progress, run, tiles, widened
+from bitdistiller_peft.evaluation.forward import progress, run, tiles, widened
 from bitdistiller_peft.evaluation.protocol import check_fits, cut_text
 from bitdistiller_peft.evaluation.state import detect_state
+from bitdistiller_peft.tuner import borrowed
 
 
 @dataclass(frozen=True)

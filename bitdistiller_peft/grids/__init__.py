@@ -1,7 +1,19 @@
 """WHAT a code stands for: grids and their registry. Pure Python, no torch."""
 
-from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid
+from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid
+from bitdistiller_peft.grids.minifloat import minifloat_levels
 from bitdistiller_peft.grids.normal_float import normal_float_levels
 from bitdistiller_peft.grids.registry import get_grid, grid_names, register_grid
 
-__all__ = ["AffineGrid", "CodebookGrid", "Grid", "get_grid", "grid_names", "normal_float_levels", "register_grid"]
+__all__ = [
+    "AffineGrid",
+    "CodebookGrid",
+    "Grid",
+    "ResidualGrid",
+    "TernaryGrid",
+    "get_grid",
+    "grid_names",
+    "minifloat_levels",
+    "normal_float_levels",
+    "register_grid",
+]

@@ -33,6 +33,11 @@ class Grid:
         """Whether negative weights have a scale of their own."""
         return False
 
+    @property
+    def has_residual_scale(self) -> bool:
+        """Whether every group stores a second scale, for what the first one leaves."""
+        return False
+
 
 @dataclass(frozen=True)
 class AffineGrid(Grid):
@@ -58,6 +63,47 @@ class AffineGrid(Grid):
     def has_zero_point(self) -> bool:
         """Whether every group stores its own integer zero point."""
         return not self.is_symmetric
+
+
+@dataclass(frozen=True)
+class TernaryGrid(AffineGrid):
+    """The levels -1, 0 and 1, under a scale that is the mean magnitude of the group. Two bits store a code; 3 is spare.
+
+    Source: BitNet b1.58, as restated in BitNet Distillation (arXiv 2510.13998), equations 1 and 2.
+    """
+
+    @property
+    def num_levels(self) -> int:
+        """Number of codes in use; codes are ``0 .. num_levels - 1``."""
+        return 3
+
+    @property
+    def fixed_zero_point(self) -> int:
+        """The code whose level is zero, for all groups."""
+        return 1
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether every group stores its own integer zero point."""
+        return False
+
+
+@dataclass(frozen=True)
+class ResidualGrid(Grid):
+    """Two signs with a scale each, the second for what the first leaves: ``weight = ±scale ± residual_scale``.
+
+    Code ``2 * (first > 0) + (second > 0)``. There is no level zero unless both scales are equal.
+
+    Attributes:
+        is_tied: the residual scale is half the scale and not stored: the levels are evenly spaced, ``scale`` apart.
+    """
+
+    is_tied: bool = False
+
+    @property
+    def has_residual_scale(self) -> bool:
+        """Whether every group stores a second scale, for what the first one leaves."""
+        return not self.is_tied
 
 
 @dataclass(frozen=True)

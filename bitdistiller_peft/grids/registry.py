@@ -10,7 +10,8 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
-from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid
+from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid
+from bitdistiller_peft.grids.minifloat import EXPONENT_BITS, minifloat_levels
 from bitdistiller_peft.grids.normal_float import normal_float_levels
 
 GridFactory = Callable[[int], Grid]
@@ -52,7 +53,8 @@ def get_grid(name: str, bits: int) -> Grid:
     if not isinstance(name, str) or name not in _FACTORIES:
         raise UnknownNameError("grid", name, _FACTORIES)
     if not isinstance(bits, int) or isinstance(bits, bool):
-        raise ConfigError(f"`bits` must be an integer: got bits={bits!r}. Use bits=2, 3 or 4.")
+        hint = "bits=2, in which ternary codes are stored" if name == "ternary" else "bits=2, 3 or 4"
+        raise ConfigError(f"`bits` must be an integer: got bits={bits!r}. Use {hint}.")
     return _FACTORIES[name](bits)
 
 
@@ -74,6 +76,25 @@ def _normal_float(bits: int, *, name: str, is_symmetric: bool) -> Grid:
     return CodebookGrid(name, bits, levels=normal_float_levels(bits), is_symmetric=is_symmetric)
 
 
+def _minifloat(bits: int, *, name: str, is_symmetric: bool) -> Grid:
+    _check_bits(name, bits, (3, 4))
+    levels = minifloat_levels(EXPONENT_BITS, bits - 1 - EXPONENT_BITS)
+    return CodebookGrid(name, bits, levels=levels, is_symmetric=is_symmetric)
+
+
+def _ternary(bits: int) -> Grid:
+    _check_bits("ternary", bits, (2,))
+    return TernaryGrid("ternary", bits, is_symmetric=True)
+
+
+def _residual(bits: int) -> Grid:
+    _check_bits("r2q", bits, (2,))
+    return ResidualGrid("r2q", bits)
+
+
 for _suffix, _symmetric in (("", False), ("_sym", True)):
     register_grid(f"int{_suffix}", partial(_affine, name=f"int{_suffix}", is_symmetric=_symmetric))
     register_grid(f"nf{_suffix}", partial(_normal_float, name=f"nf{_suffix}", is_symmetric=_symmetric))
+    register_grid(f"fp{_suffix}", partial(_minifloat, name=f"fp{_suffix}", is_symmetric=_symmetric))
+register_grid("ternary", _ternary)
+register_grid("r2q", _residual)

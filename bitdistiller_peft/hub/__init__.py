@@ -7,6 +7,7 @@ from bitdistiller_peft.hub.config import FORMAT_VERSION, QUANT_METHOD, BitDistil
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME, verify_files, write_manifest
 from bitdistiller_peft.hub.quantizer import BitDistillerHfQuantizer
 from bitdistiller_peft.hub.summary import QuantSummary, print_quant_summary, quant_summary
+from bitdistiller_peft.hub.verify import verify_checkpoint
 
 __all__ = [
     "FORMAT_VERSION",
@@ -17,6 +18,7 @@ __all__ = [
     "QuantSummary",
     "print_quant_summary",
     "quant_summary",
+    "verify_checkpoint",
     "verify_files",
     "write_manifest",
 ]

@@ -7,6 +7,8 @@ from pathlib import Path
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.summary import QuantSummary
 
+CARD_NAME = "README.md"
+
 _TEMPLATE = """---
 library_name: transformers
 {base_model}tags:
@@ -42,7 +44,7 @@ def write_card(
     folder: Path, config: BitDistillerQuantConfig, summary: QuantSummary, location: str, tags: list[str] | None = None
 ) -> None:
     """Write README.md unless the folder has one."""
-    target = folder / "README.md"
+    target = folder / CARD_NAME
     if target.exists():
         return
     base_model = str(config.provenance.get("base_model") or "")

@@ -13,13 +13,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from bitdistiller_peft._version import library_version
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
-from bitdistiller_peft.quantizers import QuantSpec
+from bitdistiller_peft.hub.projections import check_subln_modules, has_subln
+from bitdistiller_peft.layers import SUBLN_EPS, InputSpec, check_subln
+from bitdistiller_peft.packing import PACKINGS
+from bitdistiller_peft.quantizers import QuantSpec, check_activation_bits
 
 QUANT_METHOD = "bitdistiller"
 FORMAT_VERSION = 1
 STATES = ("packed", "latent")
-PACKINGS = ("bitstream",)
-SPEC_KEYS = ("grid", "bits", "group_size", "scale_dtype", "zero_point_range")
+SPEC_KEYS = ("grid", "bits", "group_size", "scale_dtype", "zero_point_range", "refine", "tied")
 INSTALL_HINT = "pip install bitdistiller_peft, then `import bitdistiller_peft` before from_pretrained()"
 PROVENANCE_TYPES = (str, int, float, bool, type(None))
 
@@ -33,6 +35,8 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         grid: what codes stand for, e.g. ``"int"``.
         scale_dtype: storage dtype of the scales.
         zero_point_range: bounds of the zero points of grid ``"int"``, or `None`.
+        refine: grid ``"r2q"``: how its scales are refined: `None`, ``"least_squares"`` or ``"alternating"``.
+        tied: grid ``"r2q"``: whether the residual scale is half the scale, and not stored.
         state: ``"packed"`` (codes, for inference and LoRA) or ``"latent"`` (float master weights, trained under fake
             quantization by any `Trainer`).
         learn_scale: latent only: train the scales.
@@ -41,7 +45,13 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         modules_to_not_convert: names to leave alone. `None` takes the defaults (output head, routers); what a
             checkpoint stores is always the complete list.
         overrides: settings that differ, by full module name.
-        packing: layout of the codes.
+        activation_bits: 8 for int8 activations with one scale per token, `None` for none.
+        subln: which layers have a `SubLN` in front: ``"none"``, ``"output"`` (output projections of attention and
+            MLP) or ``"all"``.
+        subln_eps: added to the mean square by every `SubLN`.
+        subln_modules: for ``"output"``: names or endings of names; `None` for the usual ones. What a checkpoint
+            stores is always the complete list.
+        packing: layout of the codes: ``"bitstream"``, or ``"base3"`` (five codes a byte) for ternary ones.
         provenance: where the weights come from; plain values only.
         format_version: version of the format.
         written_by: version of the library that wrote the checkpoint.
@@ -62,12 +72,18 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         *,
         scale_dtype: str = "float16",
         zero_point_range: list[int] | tuple[int, int] | None = None,
+        refine: str | None = None,
+        tied: bool = False,
         state: str = "packed",
         learn_scale: bool = True,
         learn_zero_point: bool = False,
         gradient: str = "exact",
         modules_to_not_convert: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
+        activation_bits: int | None = None,
+        subln: str = "none",
+        subln_eps: float = SUBLN_EPS,
+        subln_modules: list[str] | None = None,
         packing: str = "bitstream",
         provenance: dict[str, Any] | None = None,
         format_version: int = FORMAT_VERSION,
@@ -80,10 +96,13 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         self.bits, self.group_size, self.grid = bits, group_size, grid
         self.scale_dtype = scale_dtype
         self.zero_point_range = list(zero_point_range) if isinstance(zero_point_range, tuple) else zero_point_range
+        self.refine, self.tied = refine, tied
         self.state, self.packing = state, packing
         self.learn_scale, self.learn_zero_point, self.gradient = learn_scale, learn_zero_point, gradient
         self.modules_to_not_convert = modules_to_not_convert
         self.overrides = {} if overrides is None else overrides
+        self.activation_bits = activation_bits
+        self.subln, self.subln_eps, self.subln_modules = subln, subln_eps, subln_modules
         self.provenance = {} if provenance is None else provenance
         self.format_version = format_version
         self.written_by = written_by or f"bitdistiller_peft {library_version()}"
@@ -94,7 +113,6 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
     def _check(self) -> None:
         _check_choice("quant_method", self.quant_method, (QUANT_METHOD,))
         _check_choice("state", self.state, STATES)
-        _check_choice("packing", self.packing, PACKINGS)
         _check_choice("verify", self.verify, ("fast", "full", "none"))
         if type(self.format_version) is not int or not 1 <= self.format_version <= FORMAT_VERSION:
             raise ConfigError(
@@ -108,7 +126,10 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
             if not isinstance(getattr(self, name), str):
                 raise ConfigError(f"`{name}` must be text: got {name}={getattr(self, name)!r}.")
         self._check_names()
-        self.spec()
+        check_activation_bits(self.activation_bits)
+        check_subln(self.subln, self.subln_eps)
+        check_subln_modules(self.subln, self.subln_modules)
+        check_packing(self.spec(), self.packing)
         for name in self.overrides:
             self.spec(name)
 
@@ -132,7 +153,13 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
     def spec(self, module_name: str | None = None) -> QuantSpec:
         """How the weights of a module are quantized (`None`: those without an override)."""
         values = {key: getattr(self, key) for key in SPEC_KEYS} | self.overrides.get(module_name or "", {})
-        return QuantSpec.create(values.pop("grid"), values.pop("bits"), gradient=self.gradient, **values)
+        spec = QuantSpec.create(values.pop("grid"), values.pop("bits"), gradient=self.gradient, **values)
+        return spec.packed_as(self.packing)
+
+    def inputs(self, module_name: str) -> InputSpec:
+        """What happens to the inputs of a quantized module."""
+        is_normed = has_subln(module_name, self.subln, self.subln_modules)
+        return InputSpec(self.activation_bits, self.subln_eps if is_normed else None)
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], return_unused_kwargs: bool = False, **kwargs: Any) -> Any:
@@ -158,6 +185,11 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         """The plain values that config.json stores; load-time settings are left out."""
         values = copy.deepcopy(self.__dict__)
         del values["verify"]
+        if self.activation_bits is None:
+            del values["activation_bits"]
+        if self.subln == "none":
+            for key in ("subln", "subln_eps", "subln_modules"):
+                del values[key]
         if self.state == "packed":
             for key in ("learn_scale", "learn_zero_point", "gradient"):
                 del values[key]
@@ -166,6 +198,21 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
     def get_loading_attributes(self) -> dict[str, Any]:
         """What a config passed to `from_pretrained` may set for a checkpoint that has its own: only `verify`."""
         return {"verify": self.verify}
+
+
+def check_packing(spec: QuantSpec, packing: str) -> None:
+    """Refuse a layout that the grid's codes do not fit.
+
+    Raises:
+        UnknownNameError: no such layout.
+        ConfigError: ``"base3"`` for a grid without three levels.
+    """
+    _check_choice("packing", packing, PACKINGS)
+    if packing == "base3" and spec.grid.num_levels != 3:
+        raise ConfigError(
+            f"`packing` must be 'bitstream' for a grid with {spec.grid.num_levels} levels: got packing='base3', "
+            f"grid={spec.grid.name!r}. Five codes fit a byte only where there are three; use grid='ternary'."
+        )
 
 
 def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:

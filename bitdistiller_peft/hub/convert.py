@@ -21,9 +21,11 @@ from bitdistiller_peft.hub.modules import (
     tied_names,
     weight_shape,
 )
+from bitdistiller_peft.hub.projections import check_projections
 from bitdistiller_peft.layers import (
     FakeQuantLinear,
     PackedLinear,
+    attach_inputs,
     attach_learned_params,
     packed_layout,
     to_fake_quant_experts,
@@ -67,7 +69,7 @@ def convert_skeleton(model: nn.Module, config: BitDistillerQuantConfig) -> list[
         Names of the converted modules.
 
     Raises:
-        TargetError: nothing is left to convert, or a module cannot be converted.
+        TargetError: nothing is left to convert, a module cannot be converted, or `subln` finds no output projection.
         GroupSizeError: the group size does not divide a layer's input width; the layer is named.
     """
     skips = config.modules_to_not_convert or []
@@ -77,6 +79,7 @@ def convert_skeleton(model: nn.Module, config: BitDistillerQuantConfig) -> list[
             f"`modules_to_not_convert` must leave something to quantize: got {skips} and a model without other "
             "linear layers. Shorten the list."
         )
+    check_projections([name for name, _ in targets], config.subln, config.subln_modules)
     for name, module in targets:
         try:
             _convert_one(model, name, module, config)
@@ -88,18 +91,28 @@ def convert_skeleton(model: nn.Module, config: BitDistillerQuantConfig) -> list[
 def _convert_one(model: nn.Module, name: str, module: nn.Module, config: BitDistillerQuantConfig) -> None:
     spec = config.spec(_override_name(name, config))
     if is_experts(module):
+        check_expert_inputs(config.activation_bits, config.subln)
         _convert_experts(module, name, spec, config)
         return
     out_features, in_features = weight_shape(module)
     bias = module.bias is not None
     new: nn.Linear
     if config.state == "packed":
-        new = PackedLinear(in_features, out_features, spec=spec, bias=bias, device="meta", dtype=module.weight.dtype)  # type: ignore[arg-type]
+        new = PackedLinear(
+            in_features,
+            out_features,
+            spec=spec,
+            bias=bias,
+            inputs=config.inputs(name),
+            device="meta",
+            dtype=module.weight.dtype,  # type: ignore[arg-type]
+        )
     else:
         new = FakeQuantLinear(in_features, out_features, bias=bias, device="meta", dtype=module.weight.dtype)
         attach_learned_params(
             new, "weight", spec, learn_scale=config.learn_scale, learn_zero_point=config.learn_zero_point
         )
+        attach_inputs(new, config.inputs(name))
     new.train(module.training)
     if config.state == "packed":
         _protect_from_init(new)
@@ -134,7 +147,7 @@ def _protect_from_init(module: nn.Module) -> None:
     What is loaded, or replaced because it is missing, is a new parameter without this mark, so `check_values` can tell.
     """
     module._is_hf_initialized = True  # type: ignore[assignment]
-    for parameter in module.parameters(recurse=False):
+    for parameter in module.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 
 
@@ -148,6 +161,19 @@ def check_expert_groups(spec: QuantSpec) -> None:
         raise TargetError(
             "`group_size` must be a number for fused experts: got group_size='tensor'. "
             "Use group_size=-1, or leave the experts out with exclude_modules."
+        )
+
+
+def check_expert_inputs(activation_bits: int | None, subln: str) -> None:
+    """Refuse what would have to happen inside the experts' own forward.
+
+    Raises:
+        TargetError: int8 activations or a `SubLN` are asked for.
+    """
+    if activation_bits is not None or subln != "none":
+        raise TargetError(
+            "`activation_bits` and `subln` must be off for fused experts: their forward belongs to the model. Leave "
+            "the experts out with exclude_modules (modules_to_not_convert)."
         )
 
 

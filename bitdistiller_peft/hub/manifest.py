@@ -8,59 +8,48 @@ from __future__ import annotations
 
 import hashlib
 import json
-import struct
+import os
 import zlib
 from pathlib import Path
 from typing import Any, Literal
 
 from bitdistiller_peft.errors import CheckpointError, ChecksumError
+from bitdistiller_peft.hub.header import AGAIN, read_header, read_json
 
 MANIFEST_NAME = "bitdistiller.json"
 MANIFEST_VERSION = 1
 _CHUNK = 1 << 24
-_MAX_HEADER = 100_000_000
+_SUMS = {"crc32": int, "sha256": str}
+_INTERRUPTED = "interrupted"
 
 
-def read_header(path: Path) -> tuple[dict[str, dict[str, Any]], int]:
-    """Read the header of a safetensors file.
-
-    Returns:
-        Entries ``{name: {"dtype", "shape", "data_offsets"}}`` and the offset in bytes where the data starts.
-
-    Raises:
-        CheckpointError: the file is shorter than its header says, or the header is not what safetensors writes.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= length <= min(_MAX_HEADER, size - 8):
-            raise CheckpointError(f"{path.name} must be a safetensors file: got a header of {length} bytes. {_AGAIN}")
-        try:
-            header = json.loads(file.read(length))
-        except ValueError as error:
-            raise CheckpointError(f"{path.name} must have a readable header: {error}. {_AGAIN}") from None
-    entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-    end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    if 8 + length + end != size:
-        raise CheckpointError(f"{path.name} must be {8 + length + end} bytes long: got {size}. {_AGAIN}")
-    return entries, 8 + length
-
-
-_AGAIN = "The file is damaged; download or save it again."
-
-
-def write_manifest(folder: Path, written_by: str) -> Path:
+def write_manifest(folder: Path, written_by: str, *, keep: dict[str, Any] | None = None) -> Path:
     """Checksum every weight file in a folder and write the manifest, last and atomically.
+
+    Args:
+        folder: holds the weights.
+        written_by: name and version of the library.
+        keep: entries of further files, which are elsewhere for the moment.
 
     Returns:
         The path of the manifest.
     """
-    files = {path.name: _describe(path) for path in sorted(folder.glob("*.safetensors"))}
+    files = (keep or {}) | {path.name: _describe(path) for path in sorted(folder.glob("*.safetensors"))}
     content = {"format_version": MANIFEST_VERSION, "written_by": written_by, "files": files}
-    target = folder / MANIFEST_NAME
+    return _replace(folder / MANIFEST_NAME, content)
+
+
+def write_marker(folder: Path) -> None:
+    """Put a manifest into a folder that says that its files are being replaced, so that a load refuses them."""
+    _replace(folder / MANIFEST_NAME, {"format_version": MANIFEST_VERSION, _INTERRUPTED: True, "files": {}})
+
+
+def _replace(target: Path, content: dict[str, Any]) -> Path:
     temporary = target.with_suffix(".json.tmp")
-    temporary.write_text(json.dumps(content, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=1, sort_keys=True) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
     temporary.replace(target)
     return target
 
@@ -84,7 +73,7 @@ def verify_files(paths: list[Path], *, mode: Literal["fast", "full"] = "fast") -
         return False
     known: dict[str, Any] = {}
     for manifest in manifests:
-        known |= _read_manifest(manifest)
+        known |= read_manifest(manifest)
     for path in paths:
         if path.name not in known:
             raise CheckpointError(f"{MANIFEST_NAME} must list {path.name}: it does not. Save the model again.")
@@ -92,18 +81,45 @@ def verify_files(paths: list[Path], *, mode: Literal["fast", "full"] = "fast") -
     return True
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The files that a manifest knows, by name.
+
+    Raises:
+        CheckpointError: it cannot be read, or says that a save was interrupted.
+    """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        files = content["files"]
-        if content["format_version"] != MANIFEST_VERSION or not isinstance(files, dict):
-            raise ValueError(f"format_version={content['format_version']!r}")
-        for entry in files.values():
-            if not isinstance(entry["crc32"], int) or not isinstance(entry["tensors"], dict):
-                raise ValueError("an entry without checksums")
+        content = read_json(path)
+    except CheckpointError as error:
+        raise _not_a_manifest(path, error) from None
+    if content.get(_INTERRUPTED) is True:
+        raise CheckpointError(
+            f"{path.name} must be that of a finished save: the last one into {path.parent} was interrupted while it "
+            "replaced files. Save the model again, or download it again."
+        )
+    try:
+        _check_content(content)
     except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path.name} must be a manifest of version {MANIFEST_VERSION}: {error!r}.") from None
-    return dict(files)
+        raise _not_a_manifest(path, error) from None
+    return dict(content["files"])
+
+
+def _check_content(content: dict[str, Any]) -> None:
+    files = content["files"]
+    if content["format_version"] != MANIFEST_VERSION or not isinstance(files, dict):
+        raise ValueError(f"format_version={content['format_version']!r}")
+    for entry in files.values():
+        if type(entry["bytes"]) is not int or not isinstance(entry["tensors"], dict):
+            raise ValueError("an entry without its size or tensors")
+        for sums in (entry, *entry["tensors"].values()):
+            if not all(type(sums[key]) is kind for key, kind in _SUMS.items()):
+                raise ValueError("an entry without checksums")
+
+
+def _not_a_manifest(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{path.name} must be a manifest of version {MANIFEST_VERSION}: {str(error)[:300]} Download it again, or save "
+        "the model again."
+    )
 
 
 def _verify_file(path: Path, expected: dict[str, Any], mode: str) -> None:
@@ -114,7 +130,7 @@ def _verify_file(path: Path, expected: dict[str, Any], mode: str) -> None:
     if not damaged and found == expected:
         return
     where = f"tensor {damaged[0]!r}" if damaged else "the header"
-    raise ChecksumError(f"{path.name} must equal what was saved: {where} differs. {_AGAIN}")
+    raise ChecksumError(f"{path.name} must equal what was saved: {where} differs. {AGAIN}")
 
 
 def _describe(path: Path) -> dict[str, Any]:
@@ -135,7 +151,7 @@ def _checksum(path: Path, start: int = 0, end: int | None = None) -> dict[str, A
         while left > 0:
             chunk = file.read(min(_CHUNK, left))
             if not chunk:
-                raise CheckpointError(f"{path.name} ends too early. {_AGAIN}")
+                raise CheckpointError(f"{path.name} ends too early. {AGAIN}")
             left -= len(chunk)
             crc = zlib.crc32(chunk, crc)
             sha.update(chunk)

@@ -2,23 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import ConversionOps, PrefixChange
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.base import HfQuantizer
+from transformers.utils import CONFIG_NAME
 
 from bitdistiller_peft.errors import BitDistillerError, add_location
 from bitdistiller_peft.hub.checkpoint import check_files, check_headers, check_values
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.convert import convert_skeleton, convertible, resolve_skips
+from bitdistiller_peft.hub.files import check_folder, check_model_config
 from bitdistiller_peft.hub.modules import expert_parameters, is_experts, weight_shape
 from bitdistiller_peft.hub.save import attach_save
 from bitdistiller_peft.layers import (
+    INPUT_NORM,
     SUFFIXES,
+    SubLN,
     attach_learned_params,
+    input_norm,
     iter_quantized,
     packed_layout,
     packed_tensors,
@@ -40,6 +47,7 @@ class BitDistillerHfQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.in_features: dict[str, int] = {}
         self.transposed: set[str] = set()
+        self.tensor_files: dict[str, str] | None = None
 
     @property
     def is_trainable(self) -> bool:
@@ -54,6 +62,17 @@ class BitDistillerHfQuantizer(HfQuantizer):
     def is_serializable(self) -> bool:
         """Both states save as safetensors."""
         return True
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Check a checkpoint's folder; nothing else of transformers' hooks has the config this early."""
+        if self.pre_quantized:
+            folder = Path(str(config.name_or_path or ""))
+            # not so for a name on the Hub, nor where the model lies in a subfolder
+            if config.name_or_path and (folder / CONFIG_NAME).exists():
+                check_folder(folder)
+            else:
+                check_model_config(config.to_dict())
+        return config
 
     def param_needs_quantization(self, model: nn.Module, param_name: str, **kwargs: Any) -> bool:
         """Whether a full-precision tensor of the checkpoint is quantized, or given learned parameters, on its way."""
@@ -83,10 +102,12 @@ class BitDistillerHfQuantizer(HfQuantizer):
             if isinstance(module, Conv1D):
                 self.transposed.add(f"{name}.weight")
         converted = set(convert_skeleton(model, config))
+        if config.subln == "output":
+            config.subln_modules = sorted(n for n in converted if config.inputs(n).norm_eps is not None)
         if config.state == "packed":
             self.in_features = {key: n for key, n in widths.items() if key.rpartition(".")[0] in converted}
         if self.pre_quantized:
-            check_headers(model, files, self.in_features)
+            self.tensor_files = check_headers(model, files, self.in_features)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         for module_name, module, name, spec in iter_quantized(model):
@@ -96,7 +117,11 @@ class BitDistillerHfQuantizer(HfQuantizer):
                 tensor = getattr(module, name + suffix)
                 tensor.requires_grad_(False)  # the loader makes every floating tensor trainable,
                 tensor.data = tensor.data.to(dtype)  # and casts those of modules that a model wants in fp32
-        check_values(model, self.in_features)
+        for module in model.modules():
+            if isinstance(module, SubLN):
+                module.weight.requires_grad_(self.quantization_config.state == "latent")
+                module.weight.data = module.weight.data.float()
+        check_values(model, self.in_features, self.tensor_files)
         if not self.pre_quantized:  # the loader keeps the converters that it used, and no scales were there to convert
             conversions: Any = getattr(model, "_weight_conversions", None) or []
             model._weight_conversions = self.update_weight_conversions(list(conversions), model)
@@ -131,20 +156,24 @@ class QuantizeOnLoad(ConversionOps):
 
     def _convert_one(self, model: nn.Module, full_name: str, weight: Tensor) -> dict[str, Tensor]:
         module_name, _, name = full_name.rpartition(".")
-        spec = quant_specs(model.get_submodule(module_name))[name]
+        module = model.get_submodule(module_name)
+        spec, norm = quant_specs(module)[name], input_norm(module)
+        gains: dict[str, Tensor] = {}
+        if norm is not None:  # no full-precision checkpoint has them
+            gains[f"{module_name}.{INPUT_NORM}.weight"] = nn.Parameter(torch.ones(norm.weight.shape))
         if full_name in self.hf_quantizer.transposed:
             weight = weight.T.contiguous()
         if self.hf_quantizer.quantization_config.state == "packed":
             params = find_params(weight, spec)
             tensors = packed_tensors(quantize(weight, params, spec), params, spec)
-            return {full_name + suffix: nn.Parameter(t, requires_grad=False) for suffix, t in tensors.items()}
+            return gains | {full_name + suffix: nn.Parameter(t, requires_grad=False) for suffix, t in tensors.items()}
         holder = nn.Module()
         holder.register_parameter(name, nn.Parameter(weight))
         config = self.hf_quantizer.quantization_config
         attach_learned_params(
             holder, name, spec, learn_scale=config.learn_scale, learn_zero_point=config.learn_zero_point
         )
-        return {f"{module_name}.{key}": tensor for key, tensor in holder.state_dict(keep_vars=True).items()}
+        return gains | {f"{module_name}.{key}": tensor for key, tensor in holder.state_dict(keep_vars=True).items()}
 
 
 def as_quantized(model: nn.Module, config: BitDistillerQuantConfig, in_features: dict[str, int]) -> None:

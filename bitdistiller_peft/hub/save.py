@@ -1,20 +1,30 @@
-"""Make a quantized model save itself completely: weights, config, card, and the manifest last."""
+"""Make a quantized model save itself completely or not at all: weights, config, card, and the manifest last.
+
+Everything is written into a hidden folder inside the target and flushed to disk. Only then does it take its place: a
+marker in ``bitdistiller.json`` first, which no load accepts, then file by file, then the real manifest in place of the
+marker. Killed before, what was there before is untouched; killed in between, the folder is refused.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+import shutil
 import tempfile
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from bitdistiller_peft.errors import CheckpointError
-from bitdistiller_peft.hub.card import write_card
+from bitdistiller_peft.hub.card import CARD_NAME, write_card
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
-from bitdistiller_peft.hub.manifest import write_manifest
+from bitdistiller_peft.hub.manifest import MANIFEST_NAME, read_manifest, write_manifest, write_marker
 from bitdistiller_peft.hub.summary import quant_summary
 
 if TYPE_CHECKING:  # transformers is still being imported when this module is
@@ -50,19 +60,17 @@ def save_pretrained(
         kwargs: further arguments of `PreTrainedModel.save_pretrained` and, for the upload, of `push_to_hub`.
 
     Raises:
-        CheckpointError: the folder cannot be written to.
+        CheckpointError: the folder cannot be written to, or has too little room; what it held before is untouched.
     """
     folder = _check_folder(save_directory)
+    if not is_main_process:
+        type(self).save_pretrained(self, save_directory, is_main_process, state_dict, **kwargs)
+        return
     repo_id = kwargs.pop("repo_id", None)
     upload = {key: kwargs.pop(key) for key in _UPLOAD_KEYS if push_to_hub and key in kwargs}
-    before = _identity(folder / SAFE_WEIGHTS_NAME)
-    type(self).save_pretrained(self, save_directory, is_main_process, state_dict, **kwargs)
-    if not is_main_process:
-        return
-    if before and before == _identity(folder / SAFE_WEIGHTS_NAME) and (folder / SAFE_WEIGHTS_INDEX_NAME).exists():
-        # shards were written; transformers would load the single file of an earlier save in their place
-        (folder / SAFE_WEIGHTS_NAME).unlink()
-    _complete(self, folder, str(save_directory))
+    with _staged(folder) as stage:
+        type(self).save_pretrained(self, stage, is_main_process, state_dict, **kwargs)
+        _complete(self, stage, str(save_directory), old=folder)
     if push_to_hub:
         sharding = {key: kwargs[key] for key in ("max_shard_size",) if key in kwargs}
         self.push_to_hub(repo_id or folder.name, **sharding, **upload)
@@ -108,17 +116,97 @@ def push_to_hub(
         return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=keep, **kwargs)
 
 
-def _identity(file: Path) -> tuple[int, int] | None:
-    """What changes whenever a file is written anew."""
-    return (file.stat().st_ino, file.stat().st_mtime_ns) if file.exists() else None
+_STAGE = re.compile(r"\.partial-(\d+)-.*")
+_WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 
 
-def _complete(model: PreTrainedModel, folder: Path, location: str, tags: list[str] | None = None) -> None:
+def _complete(
+    model: PreTrainedModel, folder: Path, location: str, tags: list[str] | None = None, *, old: Path | None = None
+) -> None:
     """Write card and manifest beside the weights; a model with adapters only has saved those."""
     config = model.config.quantization_config
     if isinstance(config, BitDistillerQuantConfig) and not getattr(model, "_hf_peft_config_loaded", False):
         write_card(folder, config, quant_summary(model), location, tags)
-        write_manifest(folder, config.written_by)
+        write_manifest(folder, config.written_by, keep={} if old is None else _still_there(old))
+
+
+def _still_there(folder: Path) -> dict[str, Any]:
+    """Entries of a folder's manifest for files that this save does not replace, e.g. those of a variant."""
+    with contextlib.suppress(CheckpointError):
+        entries = read_manifest(folder / MANIFEST_NAME)
+        return {name: sums for name, sums in entries.items() if (folder / name).is_file() and not _WEIGHTS.match(name)}
+    return {}
+
+
+@contextlib.contextmanager
+def _staged(folder: Path) -> Iterator[Path]:
+    """A folder to write into, whose files take their place in `folder` together, once all are on disk."""
+    _sweep(folder)
+    stage = Path(tempfile.mkdtemp(prefix=f".partial-{os.getpid()}-", dir=folder))
+    try:
+        yield stage
+        for file in stage.iterdir():
+            _sync(file)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            f"`save_directory` must have room and stay writable: got {str(folder)!r} ({error}). Free some space or "
+            "choose another folder; the model in memory is unchanged, and so is what the folder held before."
+        ) from None
+    else:
+        _take_place(stage, folder)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def _take_place(stage: Path, folder: Path) -> None:
+    new = {file.name for file in stage.iterdir()}
+    if (folder / CARD_NAME).exists():
+        new.discard(CARD_NAME)  # somebody may have written it
+    if MANIFEST_NAME in new:
+        write_marker(folder)
+        for file in folder.iterdir():
+            if _WEIGHTS.fullmatch(file.name) and file.name not in new:
+                file.unlink()  # transformers would load the single file of an earlier save in place of new shards
+    for name in sorted(new - {MANIFEST_NAME}):
+        (stage / name).replace(folder / name)
+    _sync(folder)
+    if MANIFEST_NAME in new:
+        (stage / MANIFEST_NAME).replace(folder / MANIFEST_NAME)
+        _sync(folder)
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed saves left behind."""
+    for path in folder.iterdir():
+        match = _STAGE.fullmatch(path.name)
+        if match and not _is_alive(int(match[1])):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name == "nt":  # where signal 0 would end the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or folder to disk, where folders can be opened (not on Windows)."""
+    if path.is_dir() and os.name == "nt":
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if path.is_file() or error.errno != errno.EINVAL:  # some network file systems cannot sync folders
+            raise
+    finally:
+        os.close(handle)
 
 
 def _check_folder(save_directory: str | os.PathLike[str]) -> Path:

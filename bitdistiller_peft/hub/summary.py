@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
+from bitdistiller_peft.kernels import backend_info
 from bitdistiller_peft.layers import PackedExperts, PackedLinear, iter_quantized, packed_layout
 from bitdistiller_peft.quantizers import QuantSpec
 
@@ -36,9 +37,15 @@ class SummaryRow:
 
 @dataclass(frozen=True)
 class QuantSummary:
-    """All rows; `str()` draws the table."""
+    """All rows; `str()` draws the table.
+
+    Attributes:
+        rows: one for each kind of weights.
+        device: type of the device that packed weights are on; empty where there are none.
+    """
 
     rows: tuple[SummaryRow, ...]
+    device: str = field(default="", compare=False)
 
     @property
     def bits_per_weight(self) -> float:
@@ -81,7 +88,10 @@ class QuantSummary:
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
         ]
         lines.insert(1, "-" * max(map(len, lines)))
-        return "\n".join([*lines, f"packed size: {self.num_bytes / 2**20:,.1f} MiB"])
+        lines.append(f"packed size: {self.num_bytes / 2**20:,.1f} MiB")
+        if self.device:
+            lines.append(f"kernels on {self.device}: {backend_info(self.device)}")
+        return "\n".join(lines)
 
 
 def quant_summary(model: nn.Module) -> QuantSummary:
@@ -92,12 +102,15 @@ def quant_summary(model: nn.Module) -> QuantSummary:
     """
     quantized: dict[tuple[str, int, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     counted: set[int] = set()
+    device = ""
     for module_name, module, name, spec in iter_quantized(model):
         counted |= {id(p) for key, p in module.named_parameters(recurse=False) if key.startswith(name)}
         if _is_inactive(model, module_name):
             continue
         shape = _dense_shape(module, name)
         state = "packed" if isinstance(module, (PackedLinear, PackedExperts)) else "latent"
+        if state == "packed":
+            device = getattr(module, name).device.type
         kind = (spec.grid.name, spec.grid.bits, str(spec.group_size), state)
         _add(quantized[kind], _numel(shape), _stored_bits(spec, shape))
     plain: dict[tuple[str, int, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -107,7 +120,7 @@ def quant_summary(model: nn.Module) -> QuantSummary:
             kind = (str(parameter.dtype).removeprefix("torch."), width, "", "full precision")
             _add(plain[kind], parameter.numel(), parameter.numel() * width)
     merged = {**dict(sorted(quantized.items())), **dict(sorted(plain.items()))}
-    return QuantSummary(tuple(SummaryRow(*kind, *counts) for kind, counts in merged.items()))
+    return QuantSummary(tuple(SummaryRow(*kind, *counts) for kind, counts in merged.items()), device)
 
 
 def print_quant_summary(model: nn.Module) -> None:
@@ -156,6 +169,8 @@ def _is_left_behind(model: nn.Module, full_name: str) -> bool:
     """Whether a parameter serves the teacher or another adapter only, and will not be in the packed model."""
     head, dot, rest = full_name.partition(".base_layer.")
     if dot and rest in getattr(model.get_submodule(head), "parameter_names", ()):
+        return True
+    if _is_inactive(model, full_name.rpartition(".")[0]):  # the SubLN of another adapter
         return True
     # what PEFT's `modules_to_save` holds: the original and a copy for each adapter, of which one is in force
     head, _, rest = full_name.partition(".modules_to_save.")

@@ -1,19 +1,39 @@
 """The operations of quantizers and packing, fast: one declaration each, the reference as one backend."""
 
-from bitdistiller_peft.kernels.backend import Backend, backend_names, get_backend, register_backend, use_backend
-from bitdistiller_peft.kernels.ops import dequantize_packed, fake_quantize, packed_linear, quantize
+from bitdistiller_peft.kernels.backend import (
+    Backend,
+    backend_info,
+    backend_names,
+    get_backend,
+    register_backend,
+    select_backend,
+    set_backend,
+    use_backend,
+)
+from bitdistiller_peft.kernels.cpu import CpuBackend, release_streams
+from bitdistiller_peft.kernels.int8 import is_exact_product, ternary_int8_linear, ternary_int8_reference
+from bitdistiller_peft.kernels.ops import dequantize_packed, fake_quantize, packed_embedding, packed_linear, quantize
 from bitdistiller_peft.kernels.reference import ReferenceBackend, compute_dtype
 
 __all__ = [
     "Backend",
+    "CpuBackend",
     "ReferenceBackend",
+    "backend_info",
     "backend_names",
     "compute_dtype",
     "dequantize_packed",
     "fake_quantize",
     "get_backend",
+    "is_exact_product",
+    "packed_embedding",
     "packed_linear",
     "quantize",
     "register_backend",
+    "release_streams",
+    "select_backend",
+    "set_backend",
+    "ternary_int8_linear",
+    "ternary_int8_reference",
     "use_backend",
 ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.kernels.backend import get_backend
+from bitdistiller_peft.kernels.backend import select_backend
+from bitdistiller_peft.kernels.reference import compute_dtype
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, quantize
 from bitdistiller_peft.quantizers import fake_quantize as fake_quantize  # the reference is its only backend so far
 
-__all__ = ["dequantize_packed", "fake_quantize", "packed_linear", "quantize"]
+__all__ = ["dequantize_packed", "fake_quantize", "packed_embedding", "packed_linear", "quantize"]
 
 
 def dequantize_packed(
@@ -27,7 +28,7 @@ def dequantize_packed(
     Returns:
         ``[..., out, in]``, each value rounded once from fp32.
     """
-    return get_backend(words.device).dequantize(words, params, spec, in_features, dtype)
+    return select_backend(words.device, spec, dtype).dequantize(words, params, spec, in_features, dtype)
 
 
 def packed_linear(
@@ -45,4 +46,25 @@ def packed_linear(
     Returns:
         ``[..., out]``, differentiable with respect to the inputs and the bias.
     """
-    return get_backend(inputs.device).packed_linear(inputs, words, params, spec, bias)
+    backend = select_backend(inputs.device, spec, compute_dtype(inputs))
+    return backend.packed_linear(inputs, words, params, spec, bias)
+
+
+def packed_embedding(
+    ids: Tensor, words: Tensor, params: QuantParams, spec: QuantSpec, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """Look up rows of a packed weight.
+
+    Args:
+        ids: integers, any shape.
+        words: int32 ``[rows, ceil(in * bits / 32)]``.
+        params: as for `dequantize_packed`.
+        spec: how the weight was quantized.
+        in_features: codes in a row.
+        dtype: dtype of the result.
+
+    Returns:
+        ``[*ids.shape, in]``, each value rounded once from fp32.
+    """
+    backend = select_backend(words.device, spec, dtype)
+    return backend.packed_embedding(ids, words, params, spec, in_features, dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitdistiller_peft.kernels.backend import Backend, register_backend
-from bitdistiller_peft.packing import unpack_codes
+from bitdistiller_peft.packing import unpack_codes, unpack_row
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, dequantize
 
 TILE_WEIGHTS = 1 << 20
@@ -25,6 +25,10 @@ class ReferenceBackend(Backend):
 
     def is_available(self, device: torch.device) -> bool:
         """Always."""
+        return True
+
+    def supports(self, spec: QuantSpec, dtype: torch.dtype) -> bool:
+        """Everything, every layout of the codes included."""
         return True
 
     def dequantize(
@@ -41,7 +45,7 @@ class ReferenceBackend(Backend):
         tile = max(1, TILE_WEIGHTS // in_features)
         for start in range(0, words.shape[0], tile):
             rows = slice(start, start + tile)
-            codes = unpack_codes(words[rows], spec.grid.bits, in_features)
+            codes = unpack_row(words[rows], spec.grid.bits, in_features, spec.packing)
             weight[rows] = dequantize(codes, _rows(params, rows, spec, num_groups), spec).to(dtype)
         return weight
 
@@ -73,7 +77,9 @@ def _rows(params: QuantParams, rows: slice, spec: QuantSpec, num_groups: int) ->
         params.scale[own],
         None if zero_point is None else unpack_codes(zero_point[own], spec.grid.bits, num_groups),
         None if params.scale_negative is None else params.scale_negative[own],
+        None if params.scale_residual is None else params.scale_residual[own],
     )
 
 
-register_backend(ReferenceBackend())
+REFERENCE = ReferenceBackend()
+register_backend(REFERENCE)

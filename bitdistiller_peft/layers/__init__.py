@@ -3,6 +3,7 @@
 from bitdistiller_peft.layers.companions import (
     SCALE,
     SCALE_NEGATIVE,
+    SCALE_RESIDUAL,
     SUFFIXES,
     ZERO_POINT,
     attach_learned_params,
@@ -26,24 +27,48 @@ from bitdistiller_peft.layers.experts import (
     to_packed_experts,
 )
 from bitdistiller_peft.layers.fake_quant import FakeQuantLinear, FakeQuantWeight
+from bitdistiller_peft.layers.inputs import (
+    INPUT_NORM,
+    NO_CHANGE,
+    InputSpec,
+    activation_bits,
+    attach_inputs,
+    input_norm,
+    linear,
+    normalized,
+)
 from bitdistiller_peft.layers.packed import PackedLinear
+from bitdistiller_peft.layers.sub_norm import SUBLN_EPS, SUBLN_PLACEMENTS, SubLN, check_subln
 
 __all__ = [
+    "INPUT_NORM",
+    "NO_CHANGE",
     "SCALE",
     "SCALE_NEGATIVE",
+    "SCALE_RESIDUAL",
+    "SUBLN_EPS",
+    "SUBLN_PLACEMENTS",
     "SUFFIXES",
     "ZERO_POINT",
     "FakeQuantExperts",
     "FakeQuantLinear",
     "FakeQuantWeight",
+    "InputSpec",
     "PackedExperts",
     "PackedLinear",
+    "SubLN",
+    "activation_bits",
+    "attach_inputs",
     "attach_learned_params",
+    "check_subln",
     "companion",
     "companion_suffixes",
     "fake_quantized",
     "forward_with",
+    "input_norm",
     "iter_quantized",
+    "linear",
+    "normalized",
     "packed_layout",
     "packed_params",
     "packed_tensors",

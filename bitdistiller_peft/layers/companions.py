@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from bitdistiller_peft.kernels import fake_quantize, quantize
-from bitdistiller_peft.packing import num_words, pack_codes
+from bitdistiller_peft.packing import num_words, pack_codes, pack_row, row_words
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, find_params, get_quantizer, store_learned_params
 
 SCALE = "_scale"
 ZERO_POINT = "_zero_point"
 SCALE_NEGATIVE = "_scale_negative"
-SUFFIXES = (SCALE, ZERO_POINT, SCALE_NEGATIVE)
+SCALE_RESIDUAL = "_scale_residual"
+SUFFIXES = (SCALE, ZERO_POINT, SCALE_NEGATIVE, SCALE_RESIDUAL)  # in the order of the fields of `QuantParams`
 
 
 def quant_specs(module: nn.Module) -> dict[str, QuantSpec]:
@@ -47,6 +48,7 @@ def companion_suffixes(spec: QuantSpec) -> tuple[str, ...]:
         SCALE,
         *((ZERO_POINT,) if spec.grid.has_zero_point else ()),
         *((SCALE_NEGATIVE,) if spec.grid.has_negative_scale else ()),
+        *((SCALE_RESIDUAL,) if spec.grid.has_residual_scale else ()),
     )
 
 
@@ -62,10 +64,10 @@ def attach_learned_params(
     learn_zero_point: bool,
     params: QuantParams | None = None,
 ) -> None:
-    """Register what fake quantization of `module.name` trains beside the weight, started from min-max.
+    """Register what fake quantization of `module.name` trains beside the weight, started from the weight's own.
 
     Learned tensors are fp32 parameters; a zero point that is not learned is a uint8 buffer. Without `learn_scale`
-    nothing is registered, and min-max is recomputed on every forward.
+    nothing is registered, and the parameters are recomputed from the weight on every forward.
 
     Args:
         module: holds the float parameter.
@@ -92,6 +94,8 @@ def attach_learned_params(
     _register(module, name + SCALE, params.scale.float().clamp(min=floor))
     if params.scale_negative is not None:
         _register(module, name + SCALE_NEGATIVE, params.scale_negative.float().clamp(min=floor))
+    if params.scale_residual is not None:
+        _register(module, name + SCALE_RESIDUAL, params.scale_residual.float())
     if params.zero_point is not None and learn_zero_point:
         _register(module, name + ZERO_POINT, params.zero_point.float())
     elif params.zero_point is not None:
@@ -115,6 +119,7 @@ def fake_quantized(module: nn.Module, name: str) -> Tensor:
         scale=companion(module, name, SCALE),
         zero_point=companion(module, name, ZERO_POINT),
         scale_negative=companion(module, name, SCALE_NEGATIVE),
+        scale_residual=companion(module, name, SCALE_RESIDUAL),
     )
 
 
@@ -126,12 +131,10 @@ def quantized(module: nn.Module, name: str) -> tuple[Tensor, QuantParams]:
         ScaleRangeError: a scale does not fit its storage dtype.
     """
     weight, spec = getattr(module, name), quant_specs(module)[name]
-    scale = companion(module, name, SCALE)
-    if scale is None:
+    if companion(module, name, SCALE) is None:
         params = find_params(weight, spec)
     else:
-        zero_point, negative = companion(module, name, ZERO_POINT), companion(module, name, SCALE_NEGATIVE)
-        params = store_learned_params(scale, zero_point, negative, spec)
+        params = store_learned_params(packed_params(module, name), spec)
         get_quantizer(spec.grid).check(params)
     return quantize(weight, params, spec), params
 
@@ -141,11 +144,13 @@ def quantized(module: nn.Module, name: str) -> tuple[Tensor, QuantParams]:
 
 def packed_tensors(codes: Tensor, params: QuantParams, spec: QuantSpec) -> dict[str, Tensor]:
     """Codes and parameters as a checkpoint stores them, by suffix (``""`` is the weight itself)."""
-    tensors = {"": pack_codes(codes, spec.grid.bits), SCALE: params.scale.contiguous()}
+    tensors = {"": pack_row(codes, spec.grid.bits, spec.packing), SCALE: params.scale.contiguous()}
     if params.zero_point is not None:
         tensors[ZERO_POINT] = pack_codes(params.zero_point, spec.grid.bits)
     if params.scale_negative is not None:
         tensors[SCALE_NEGATIVE] = params.scale_negative.contiguous()
+    if params.scale_residual is not None:
+        tensors[SCALE_RESIDUAL] = params.scale_residual.contiguous()
     return tensors
 
 
@@ -156,7 +161,7 @@ def packed_layout(
     *rows, in_features = weight_shape
     *param_rows, groups = spec.param_shape(weight_shape)
     layout: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-        "": ((*rows, num_words(in_features, spec.grid.bits)), torch.int32)
+        "": ((*rows, row_words(in_features, spec.grid.bits, spec.packing)), torch.int32)
     }
     for suffix in companion_suffixes(spec):
         if suffix == ZERO_POINT:
@@ -174,7 +179,7 @@ def register_packed(module: nn.Module, name: str, spec: QuantSpec, tensors: dict
 
 
 def packed_params(module: nn.Module, name: str) -> QuantParams:
-    """The stored parameters of a packed weight; the zero points are packed words."""
+    """The parameters that stand beside a weight: learned ones, or those of a packed weight (zero points as words)."""
     return QuantParams(*(companion(module, name, suffix) for suffix in SUFFIXES))  # type: ignore[arg-type]
 
 
@@ -186,6 +191,7 @@ def empty_params(spec: QuantSpec, weight_shape: torch.Size, device: torch.device
         torch.empty(shape, dtype=spec.scale_dtype, device=device),
         torch.empty(shape, dtype=torch.uint8, device=device) if grid.has_zero_point else None,
         torch.empty(shape, dtype=spec.scale_dtype, device=device) if grid.has_negative_scale else None,
+        torch.empty(shape, dtype=spec.scale_dtype, device=device) if grid.has_residual_scale else None,
     )
 
 

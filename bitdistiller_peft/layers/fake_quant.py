@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from bitdistiller_peft.kernels import compute_dtype
-from bitdistiller_peft.layers.companions import attach_learned_params, fake_quantized
+from bitdistiller_peft.layers.companions import attach_learned_params, fake_quantized, quant_specs
+from bitdistiller_peft.layers.inputs import activation_bits, linear, normalized
 from bitdistiller_peft.quantizers import QuantSpec
 
 
@@ -38,10 +37,11 @@ class FakeQuantWeight(nn.Module):
 class FakeQuantLinear(nn.Linear):
     """A linear layer that trains its own weight under fake quantization, in place of an ordinary one.
 
-    It starts without learned parameters: `attach_learned_params` adds them once the weight is known.
+    It starts without learned parameters: `attach_learned_params` adds them once the weight is known, `attach_inputs`
+    a `SubLN` and int8 activations.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply ``[..., in]`` by the fake-quantized weight, in the dtype of the inputs (or autocast's)."""
-        weight = fake_quantized(self, "weight").to(compute_dtype(input))
-        return F.linear(input, weight, self.bias)
+        weight, spec = fake_quantized(self, "weight"), quant_specs(self)["weight"]
+        return linear(normalized(self, input), weight, self.bias, spec, activation_bits(self))

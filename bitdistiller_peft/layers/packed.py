@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistiller_peft.errors import TargetError
-from bitdistiller_peft.kernels import dequantize_packed, packed_linear
+from bitdistiller_peft.kernels import dequantize_packed, is_exact_product, packed_linear, ternary_int8_linear
 from bitdistiller_peft.layers.companions import (
     companion,
     companion_suffixes,
@@ -19,7 +19,8 @@ from bitdistiller_peft.layers.companions import (
     quant_specs,
     register_packed,
 )
-from bitdistiller_peft.quantizers import QuantParams, QuantSpec
+from bitdistiller_peft.layers.inputs import NO_CHANGE, InputSpec, activation_bits, attach_inputs, normalized
+from bitdistiller_peft.quantizers import QuantParams, QuantSpec, fake_quantize_activations
 
 
 def keep_stored_dtypes(module: nn.Module, fn: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -51,6 +52,7 @@ class PackedLinear(nn.Linear):
         out_features: output width.
         spec: how the weight was quantized.
         bias: whether there is a bias.
+        inputs: what happens to the inputs first: a `SubLN`, int8 activations.
         device: where to allocate; ``"meta"`` before loading.
         dtype: dtype of the bias.
     """
@@ -62,6 +64,7 @@ class PackedLinear(nn.Linear):
         *,
         spec: QuantSpec,
         bias: bool = False,
+        inputs: InputSpec = NO_CHANGE,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -73,6 +76,7 @@ class PackedLinear(nn.Linear):
         self.register_parameter(
             "bias", nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
         )
+        attach_inputs(self, inputs)
 
     @classmethod
     def from_codes(
@@ -103,6 +107,11 @@ class PackedLinear(nn.Linear):
                 "`weight.dtype`, as T5 does before `wo`; leave the layer out with exclude_modules or "
                 "modules_to_not_convert."
             )
+        input = normalized(self, input)
+        if activation_bits(self) is not None:
+            if is_exact_product(self.spec, self.in_features):
+                return ternary_int8_linear(input, self.dequantize(), self.bias)
+            input = fake_quantize_activations(input)
         return packed_linear(input, self.weight, packed_params(self, "weight"), self.spec, self.bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -115,6 +124,7 @@ class PackedLinear(nn.Linear):
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"grid={spec.grid.name!r}, bits={spec.grid.bits}, group_size={spec.group_size!r}"
+            + ("" if activation_bits(self) is None else f", activation_bits={activation_bits(self)}")
         )
 
     def reset_parameters(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bitdistiller_peft.losses.attention_relations import RelationObjective, attention_relation_loss, count_rows
 from bitdistiller_peft.losses.cakld import cakld, confidence
 from bitdistiller_peft.losses.divergences import forward_kl, jensen_shannon, reverse_kl
 from bitdistiller_peft.losses.fused import DistillationOutput, distillation_loss
@@ -10,6 +11,7 @@ from bitdistiller_peft.losses.masking import IGNORE_INDEX, select_targets, shift
 from bitdistiller_peft.losses.objective import Objective
 from bitdistiller_peft.losses.projection import Head
 from bitdistiller_peft.losses.registry import Divergence, divergence_names, get_divergence, register_divergence
+from bitdistiller_peft.losses.sparse import SparseTeacher
 
 __all__ = [
     "forward_kl",
@@ -25,6 +27,10 @@ __all__ = [
     "Head",
     "distillation_loss",
     "DistillationOutput",
+    "SparseTeacher",
+    "RelationObjective",
+    "attention_relation_loss",
+    "count_rows",
     "teacher_confidence",
     "ConfidenceSums",
     "Divergence",

@@ -23,6 +23,7 @@ from bitdistiller_peft.losses.checks import as_head, check_side, check_teacher, 
 from bitdistiller_peft.losses.masking import IGNORE_INDEX
 from bitdistiller_peft.losses.objective import Objective
 from bitdistiller_peft.losses.projection import Head, add_weight_gradient, hidden_gradient, project, pull_back
+from bitdistiller_peft.losses.sparse import SparseTeacher, check_sparse
 from bitdistiller_peft.losses.tile import STATISTICS, Tile, score_tile, statistic_names, strips
 
 
@@ -81,7 +82,7 @@ class DistillationOutput:
 def distillation_loss(
     student_hidden: Tensor,
     student_head: Head | Tensor,
-    teacher_hidden: Tensor | None,
+    teacher_hidden: Tensor | SparseTeacher | None,
     teacher_head: Head | Tensor | None,
     labels: Tensor,
     *,
@@ -98,8 +99,8 @@ def distillation_loss(
     Args:
         student_hidden: `[tokens, student_width]`, last hidden states, any floating dtype.
         student_head: `Head`, or its bare weight `[vocab, student_width]`.
-        teacher_hidden: `[tokens, teacher_width]`, or None for an objective of cross-entropy alone.
-        teacher_head: `Head`, or its bare weight `[vocab, teacher_width]`; None with `teacher_hidden`.
+        teacher_hidden: `[tokens, teacher_width]`, a `SparseTeacher`, or None for an objective of cross-entropy alone.
+        teacher_head: `Head`, or its bare weight `[vocab, teacher_width]`; None without `teacher_hidden`.
         labels: `[tokens]`, already shifted (`shift_labels`): the token that follows this hidden state.
         objective: what to minimize.
         tile_tokens: tokens per tile; None picks as many as make 64 MiB of logits per side on a CPU, 256 MiB elsewhere.
@@ -111,25 +112,30 @@ def distillation_loss(
 
     Raises:
         ConfigError: shapes that do not fit, vocabularies of different size, a teacher that is missing.
-        DataError: labels that do not fit the tokens or the vocabulary.
+        DataError: labels that do not fit the tokens or the vocabulary, or that a `SparseTeacher` does not know.
     """
     student = as_head(student_head)
     teacher = None if teacher_head is None else as_head(teacher_head)
     check_side("student", student_hidden, student)
-    check_teacher(teacher_hidden, teacher, student_hidden, student, objective)
+    sparse = teacher_hidden if isinstance(teacher_hidden, SparseTeacher) else None
+    hidden = None if isinstance(teacher_hidden, SparseTeacher) else teacher_hidden
+    if sparse is None:
+        check_teacher(hidden, teacher, student_hidden, student, objective)
+    else:
+        check_sparse(sparse, len(student_hidden), objective)
     labels = labels.to(student_hidden.device)
     rows = target_rows(labels, len(student_hidden), len(student.weight), ignore_index)
     cuts = tuple(tiles(rows, tile_tokens, len(student.weight)))
-    sides = [side.dtype for side in (student_hidden, teacher_hidden) if side is not None]
+    sides = [side.dtype for side in (student_hidden, hidden) if side is not None]
     dtype = functools.reduce(torch.promote_types, sides, torch.float32)
-    batch = _Batch(student, teacher_hidden, teacher, labels, cuts, dtype)
+    batch = _Batch(student, hidden, teacher, labels, cuts, dtype, sparse)
     inputs = (student_hidden, student.weight, student.bias)
     if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
         loss_sum, sums = _FusedDistillation.apply(*inputs, batch, objective)  # type: ignore[no-untyped-call]
     else:
         sums = _run(student_hidden, batch, objective, (False, False, False)).sums
         loss_sum = sums[0]
-    names = statistic_names(objective, has_teacher=teacher is not None)
+    names = statistic_names(objective, has_teacher=batch.has_teacher)
     named = dict(zip(names, sums.unbind(), strict=True))
     others = {name: named.pop(name) for name in names if name not in STATISTICS}
     del named["loss"]
@@ -145,6 +151,11 @@ class _Batch(NamedTuple):
     labels: Tensor
     tiles: tuple[Tensor, ...]
     dtype: torch.dtype
+    sparse: SparseTeacher | None = None
+
+    @property
+    def has_teacher(self) -> bool:
+        return self.teacher is not None or self.sparse is not None
 
 
 class _Sums(NamedTuple):
@@ -161,7 +172,7 @@ def _run(student_hidden: Tensor, batch: _Batch, objective: Objective, needs: tup
         torch.zeros_like(tensor, dtype=batch.dtype) if needed and tensor is not None else None
         for tensor, needed in zip(inputs, needs, strict=True)
     )
-    names = statistic_names(objective, has_teacher=batch.teacher is not None)
+    names = statistic_names(objective, has_teacher=batch.has_teacher)
     sums = student_hidden.new_zeros(len(names), dtype=batch.dtype)
     with torch.no_grad(), torch.autocast(student_hidden.device.type, enabled=False):
         for rows in batch.tiles:
@@ -174,10 +185,14 @@ def _run_tile(
 ) -> Tensor:
     """Sum the statistics of one tile and add to the gradients; everything of the size of its logits ends here."""
     student_logits = project(hidden, batch.student, batch.dtype)
-    teacher_logits = None
-    if batch.teacher_hidden is not None and batch.teacher is not None:
+    labels, teacher_logits, sparse = batch.labels[rows].long(), None, None
+    if batch.sparse is not None:
+        sparse = batch.sparse[rows]
+        sparse.of(labels)
+        teacher_logits = sparse.expand(student_logits)
+    elif batch.teacher_hidden is not None and batch.teacher is not None:
         teacher_logits = project(batch.teacher_hidden[rows], batch.teacher, batch.dtype)
-    whole = Tile(student_logits, teacher_logits, batch.labels[rows].long())
+    whole = Tile(student_logits, teacher_logits, labels, sparse)
     names = statistic_names(objective, has_teacher=teacher_logits is not None)
     total = student_logits.new_zeros(len(names))
     for strip in strips(whole):

@@ -24,6 +24,7 @@ from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.losses.divergences import Comparison, compare, excess_over_mixture, expected
 from bitdistiller_peft.losses.objective import Objective
 from bitdistiller_peft.losses.registry import get_divergence
+from bitdistiller_peft.losses.sparse import SparseTeacher
 
 _STUDENT_STATISTICS = ("loss", "cross_entropy", "student_entropy")
 _PAIR_STATISTICS = ("teacher_entropy", "confidence", "agreement", "forward_kl", "reverse_kl")
@@ -47,6 +48,8 @@ class Tile(NamedTuple):
     """`[tokens, vocab]`"""
     labels: Tensor
     """`[tokens]`, in `0 .. vocab - 1`"""
+    sparse: SparseTeacher | None = None
+    """What is really known of the teacher, where `teacher_logits` were filled up from it"""
 
 
 def statistic_names(objective: Objective, *, has_teacher: bool) -> tuple[str, ...]:
@@ -63,7 +66,8 @@ def strips(tile: Tile) -> Iterator[Tile]:
     for start in range(0, len(tile.labels), step):
         rows = slice(start, start + step)
         teacher = None if tile.teacher_logits is None else tile.teacher_logits[rows]
-        yield Tile(tile.student_logits[rows], teacher, tile.labels[rows])
+        sparse = None if tile.sparse is None else tile.sparse[rows]
+        yield Tile(tile.student_logits[rows], teacher, tile.labels[rows], sparse)
 
 
 def score_tile(tile: Tile, objective: Objective, *, with_gradient: bool) -> tuple[dict[str, Tensor], Tensor | None]:
@@ -117,9 +121,10 @@ def _cross_entropy_gradient(probs: Tensor, labels: Tensor, weight: float) -> Ten
 
 
 def _teacher_statistics(tile: Tile, teacher_logits: Tensor, probs: Tensor) -> dict[str, Tensor]:
-    is_same = tile.student_logits.argmax(-1) == teacher_logits.argmax(-1)
+    top = teacher_logits.argmax(-1) if tile.sparse is None else tile.sparse.tokens[..., 0].long()
+    is_same = tile.student_logits.argmax(-1) == top
     return {
-        "teacher_entropy": torch.special.entr(probs).sum(-1),
+        "teacher_entropy": torch.special.entr(probs).sum(-1) if tile.sparse is None else tile.sparse.entropy(),
         "confidence": probs.gather(-1, tile.labels.unsqueeze(-1)).squeeze(-1),
         "agreement": is_same.to(probs.dtype),
     }

@@ -24,6 +24,21 @@ class Gradients(NamedTuple):
     scale: Tensor
     scale_negative: Tensor | None = None
     zero_point: Tensor | None = None
+    scale_residual: Tensor | None = None
+
+
+class SearchSpace(NamedTuple):
+    """The ranges among which a clip search chooses: ``low * a`` to ``high * b`` for factors ``a`` and ``b``.
+
+    Attributes:
+        low: ``[..., groups]``, fp32, ``<= 0``.
+        high: ``[..., groups]``, fp32, ``>= 0``.
+        factors: the first is 1, where `Quantizer.find_params` places the grid.
+    """
+
+    low: Tensor
+    high: Tensor
+    factors: tuple[float, ...]
 
 
 class Quantizer(ABC):
@@ -60,7 +75,23 @@ class Quantizer(ABC):
 
     @abstractmethod
     def add_range_gradient(self, grads: Gradients, groups: Tensor, params: QuantParams, spec: QuantSpec) -> None:
-        """Add, in place, to ``grads.weight`` what reaches the extreme weights through scales taken from them."""
+        """Add, in place, to ``grads.weight`` what reaches the weights through the scales computed from them."""
+
+    def own_gradient(self, grad: Tensor, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+        """Derive fake quantization whose parameters are those of the groups themselves, as `spec.gradient` says."""
+        grads = self.gradients(grad, groups, params, spec)
+        if spec.gradient == "exact":
+            self.add_range_gradient(grads, groups, params, spec)
+        return grads.weight
+
+    def search_space(self, groups: Tensor, factors: tuple[float, ...]) -> SearchSpace:
+        """Say which ranges a clip search tries for each group: by default its own, shrunk by each factor.
+
+        Args:
+            groups: the weights.
+            factors: in (0, 1], the first is 1.
+        """
+        return SearchSpace(*group_range(groups), factors)
 
     def find_params(self, groups: Tensor, spec: QuantSpec) -> QuantParams:
         """Place the grid on each group's own range, zero included (min-max)."""
@@ -85,6 +116,20 @@ def group_range(groups: Tensor) -> tuple[Tensor, Tensor]:
     low, high = torch.aminmax(groups, dim=-1)
     # Zero stays inside the range: a group of one sign would otherwise lose the small weights, or itself.
     return low.clamp(max=0), high.clamp(min=0)
+
+
+def mean_magnitude(groups: Tensor) -> Tensor:
+    """Return the mean of ``|w|`` over each group, fp32 ``[..., groups]``.
+
+    Summed in fp64, so that no order of summation, which differs between devices, shows in the result.
+    """
+    total = groups.to(wide_dtype(groups), copy=True).abs_().sum(-1)
+    return (total / groups.shape[-1]).float()
+
+
+def wide_dtype(like: Tensor) -> torch.dtype:
+    """The widest dtype that a tensor's device can sum in: fp64, except on Apple's GPUs."""
+    return torch.float32 if like.device.type == "mps" else torch.float64
 
 
 def add_at_extreme(grad: Tensor, index: Tensor, value: Tensor) -> None:

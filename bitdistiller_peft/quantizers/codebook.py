@@ -14,6 +14,12 @@ from bitdistiller_peft.quantizers.base import Gradients, Quantizer, add_at_extre
 from bitdistiller_peft.quantizers.rounding import round_scale_up
 from bitdistiller_peft.quantizers.spec import QuantParams, QuantSpec
 
+# on a CPU, comparing with so many midpoints in turn, which vectorizes, is faster than a search for each weight
+MOST_COMPARISONS = 15
+
+# an extreme weight divided by the fp32 scale taken from it may exceed the outermost level by so much; it is not clamped
+ROUNDING = 1 + 2**-22
+
 
 def _grid(spec: QuantSpec) -> CodebookGrid:
     if not isinstance(spec.grid, CodebookGrid):
@@ -21,12 +27,8 @@ def _grid(spec: QuantSpec) -> CodebookGrid:
     return spec.grid
 
 
-def _levels(spec: QuantSpec, like: Tensor) -> Tensor:
-    return torch.tensor(_grid(spec).levels, dtype=torch.float32, device=like.device)
-
-
 class CodebookQuantizer(Quantizer):
-    """Grids ``nf`` and ``nf_sym``, and any other list of levels."""
+    """Grids ``nf`` and ``fp``, symmetric or not, and any other list of levels."""
 
     def params_from_range(self, low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
         """Let the outermost levels meet ``high`` and ``low``; an empty group gets scale 1."""
@@ -44,21 +46,23 @@ class CodebookQuantizer(Quantizer):
         )
 
     def quantize(self, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
-        """Return the nearest level's code as int32; half-way values go to the lower level."""
-        midpoints = torch.tensor(_grid(spec).midpoints, dtype=torch.float32, device=groups.device)
-        return torch.bucketize(_normalized(groups, params).contiguous(), midpoints, out_int32=True)
+        """Return the nearest level's code as uint8; half-way values go to the lower level."""
+        return _nearest(_normalized(groups, params), _grid(spec))
 
     def dequantize(self, codes: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
         """Return ``scale(sign of the level) * levels[codes]`` in fp32."""
-        values = _levels(spec, codes)[codes.int()]
-        return values.mul_(_scale_of(values, params))
+        values = _levels_of(codes, spec)
+        scale, negative = _scales(params)
+        if negative is None:
+            return values.mul_(scale)
+        return values.clamp(min=0).mul_(scale).add_(values.clamp_(max=0).mul_(negative))
 
     def gradients(self, grad: Tensor, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Gradients:
         """Pass gradients inside ``[lowest, highest level]``; each side's scale collects from its own weights."""
         grid = _grid(spec)
         x = _normalized(groups, params)
-        levels = _levels(spec, groups)[self.quantize(groups, params, spec)]
-        inside = (x >= grid.levels[0]) & (x <= grid.levels[-1])
+        levels = _levels_of(_nearest(x, grid), spec)
+        inside = (x >= grid.levels[0] * ROUNDING) & (x <= grid.levels[-1] * ROUNDING)
         weight = torch.where(inside, grad, 0.0)
         to_scale = grad * torch.where(inside, levels - x, levels)
         if params.scale_negative is None:
@@ -83,15 +87,35 @@ class CodebookQuantizer(Quantizer):
         add_at_extreme(grads.weight, low_index, torch.where(use_low, to_low, 0.0))
 
 
-def _scale_of(values: Tensor, params: QuantParams) -> Tensor:
-    """The scale that belongs to each value's sign, fp32, broadcast over the group."""
-    positive = params.scale.float().unsqueeze(-1)
-    if params.scale_negative is None:
-        return positive
-    return torch.where(values < 0, params.scale_negative.float().unsqueeze(-1), positive)
+def _nearest(x: Tensor, grid: CodebookGrid) -> Tensor:
+    """The code of the level nearest to each value: the number of midpoints below it."""
+    midpoints = torch.tensor(grid.midpoints, dtype=torch.float32, device=x.device)
+    if x.device.type != "cpu" or len(midpoints) > MOST_COMPARISONS:
+        return torch.bucketize(x.contiguous(), midpoints, out_int32=True).to(torch.uint8)
+    codes = torch.zeros(x.shape, dtype=torch.uint8)
+    for midpoint in midpoints:
+        codes.add_(x > midpoint)
+    return codes
+
+
+def _levels_of(codes: Tensor, spec: QuantSpec) -> Tensor:
+    """The levels of codes, fp32, a new tensor."""
+    levels = torch.tensor(_grid(spec).levels, dtype=torch.float32, device=codes.device)
+    return levels.index_select(0, codes.flatten().int()).view(codes.shape)
+
+
+def _scales(params: QuantParams) -> tuple[Tensor, Tensor | None]:
+    """The scale of all, or of the positive, and that of the negative weights, fp32, to be broadcast over the group."""
+    negative = params.scale_negative
+    return params.scale.float().unsqueeze(-1), None if negative is None else negative.float().unsqueeze(-1)
 
 
 def _normalized(groups: Tensor, params: QuantParams) -> Tensor:
     """The weights in units of their scale; an absent (zero) scale is replaced by 1 and meets only zeros."""
-    scale = _scale_of(groups, params)
-    return groups / torch.where(scale == 0, 1.0, scale)
+    scale, negative = _scales(params)
+    scale = torch.where(scale == 0, 1.0, scale)
+    if negative is None:
+        return groups / scale
+    # each side's quotients, with zeros for the other side: their sum is exact
+    negative = torch.where(negative == 0, 1.0, negative)
+    return (groups.clamp(min=0) / scale).add_(groups.clamp(max=0) / negative)

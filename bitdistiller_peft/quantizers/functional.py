@@ -5,20 +5,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from bitdistiller_peft.errors import WeightError
+from bitdistiller_peft.grids import ResidualGrid
 from bitdistiller_peft.quantizers.grouping import to_groups
 from bitdistiller_peft.quantizers.registry import get_quantizer
 from bitdistiller_peft.quantizers.rounding import round_scale_nearest
-from bitdistiller_peft.quantizers.spec import QuantParams, QuantSpec
+from bitdistiller_peft.quantizers.spec import TIED_SPARE_BITS, QuantParams, QuantSpec
 
 
 def find_params(weight: Tensor, spec: QuantSpec) -> QuantParams:
-    """Compute min-max parameters of a weight and refuse what cannot be stored.
+    """Compute the parameters of a weight from its min-max or mean and refuse what cannot be stored.
 
     Args:
         weight: ``[..., out, in]``, floating point.
@@ -40,18 +42,24 @@ def find_params(weight: Tensor, spec: QuantSpec) -> QuantParams:
     return params
 
 
-def store_learned_params(
-    scale: Tensor, zero_point: Tensor | None, scale_negative: Tensor | None, spec: QuantSpec
-) -> QuantParams:
-    """Round trained (fp32) parameters to what is stored: scales to nearest, zero points to integer codes."""
+def store_learned_params(learned: QuantParams, spec: QuantSpec) -> QuantParams:
+    """Round trained (fp32) parameters to what is stored: scales to nearest, zero points to integer codes.
+
+    Args:
+        learned: what training holds; a zero point that is not learned comes as uint8 and stays.
+        spec: the grid and how scales are stored.
+    """
+    zero_point, negative, residual = learned.zero_point, learned.scale_negative, learned.scale_residual
     if zero_point is not None and zero_point.is_floating_point():
         top = (1 << spec.grid.bits) - 1
         low, high = spec.zero_point_range or (0, top)
         zero_point = zero_point.detach().round().clamp(low, high).to(torch.uint8)
+    is_tied = isinstance(spec.grid, ResidualGrid) and spec.grid.is_tied
     return QuantParams(
-        round_scale_nearest(scale, spec.scale_dtype),
+        round_scale_nearest(learned.scale, spec.scale_dtype, spare_bits=TIED_SPARE_BITS if is_tied else 0),
         zero_point,
-        None if scale_negative is None else round_scale_nearest(scale_negative, spec.scale_dtype),
+        None if negative is None else round_scale_nearest(negative, spec.scale_dtype),
+        None if residual is None else round_scale_nearest(residual, spec.scale_dtype, floor=0.0),
     )
 
 
@@ -88,11 +96,12 @@ def fake_quantize(
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
     scale_negative: Tensor | None = None,
+    scale_residual: Tensor | None = None,
 ) -> Tensor:
     """Round a weight to the values that its codes can hold; the student's view of it.
 
-    Without `scale`, the parameters are the weight's own min-max, recomputed on every call (BitDistiller). With it,
-    they are the given trained (or fixed) ones.
+    Without `scale`, the parameters are the weight's own (of its min-max or mean, as the grid has it), recomputed on
+    every call. With it, they are the given trained (or fixed) ones.
 
     Args:
         weight: master weight ``[..., out, in]``, any floating dtype.
@@ -100,6 +109,7 @@ def fake_quantize(
         scale: learned scale, fp32, ``spec.param_shape(weight.shape)``.
         zero_point: learned (floating) or fixed (uint8) zero point, same shape, where the grid has one.
         scale_negative: learned scale of negative weights, same shape, where the grid has one.
+        scale_residual: learned scale of the residual, same shape, where the grid has one.
 
     Returns:
         fp32 values, shape of `weight`; equal to `dequantize(quantize(weight))` bit for bit. Differentiable with
@@ -109,7 +119,9 @@ def fake_quantize(
         The gradient through min and max is the closed form of BitDistiller's autograd graph; the learned one is LSQ
         (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576).
     """
-    values: Tensor = _FakeQuantize.apply(weight, scale, zero_point, scale_negative, spec)  # type: ignore[no-untyped-call]
+    values: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
+        weight, spec, scale, zero_point, scale_negative, scale_residual
+    )
     return values
 
 
@@ -132,47 +144,44 @@ class _FakeQuantize(torch.autograd.Function):
     """Saves only the weight and the parameters; everything else is recomputed in the backward pass."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        weight: Tensor,
-        scale: Tensor | None,
-        zero_point: Tensor | None,
-        scale_negative: Tensor | None,
-        spec: QuantSpec,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, scale, zero_point, scale_negative)
+    def forward(ctx: Any, weight: Tensor, spec: QuantSpec, *learned: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, *learned)
         ctx.spec = spec
         groups = to_groups(weight.detach().float(), spec.group_size)
-        params = _params(groups, scale, zero_point, scale_negative, spec)
+        params = _params(groups, learned, spec)
         quantizer = get_quantizer(spec.grid)
         return quantizer.dequantize(quantizer.quantize(groups, params, spec), params, spec).reshape(weight.shape)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        weight, scale, zero_point, scale_negative = ctx.saved_tensors
+        weight, *learned = ctx.saved_tensors
         spec: QuantSpec = ctx.spec
         quantizer = get_quantizer(spec.grid)
         groups = to_groups(weight.detach().float(), spec.group_size)
-        params = _params(groups, scale, zero_point, scale_negative, spec)
-        grads = quantizer.gradients(to_groups(grad.float(), spec.group_size), groups, params, spec)
-        if scale is None and spec.gradient == "exact":
-            quantizer.add_range_gradient(grads, groups, params, spec)
+        params = _params(groups, learned, spec)
+        upstream = to_groups(grad.float(), spec.group_size)
+        scale, zero_point, negative, residual = learned
+        if scale is None:
+            own = quantizer.own_gradient(upstream, groups, params, spec)
+            return (own.reshape(weight.shape).to(weight.dtype), None, None, None, None, None)
+        grads = quantizer.gradients(upstream, groups, params, spec)
         return (
             grads.weight.reshape(weight.shape).to(weight.dtype),
+            None,
             _like(grads.scale, scale),
             _like(grads.zero_point, zero_point),
-            _like(grads.scale_negative, scale_negative),
-            None,
+            _like(grads.scale_negative, negative),
+            _like(grads.scale_residual, residual),
         )
 
 
-def _params(
-    groups: Tensor, scale: Tensor | None, zero_point: Tensor | None, scale_negative: Tensor | None, spec: QuantSpec
-) -> QuantParams:
+def _params(groups: Tensor, learned: Sequence[Tensor | None], spec: QuantSpec) -> QuantParams:
+    """The parameters of a forward pass; `learned` has the fields of `QuantParams`, all `None` if nothing is learned."""
+    scale, *others = learned
     if scale is None:
         return get_quantizer(spec.grid).find_params(groups, spec)
-    return store_learned_params(scale, zero_point, scale_negative, spec)
+    return store_learned_params(QuantParams(scale, *others), spec)
 
 
 def _like(grad: Tensor | None, param: Tensor | None) -> Tensor | None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.grids import AffineGrid, Grid, get_grid
+from bitdistiller_peft.grids import AffineGrid, Grid, ResidualGrid, get_grid
 from bitdistiller_peft.quantizers.grouping import GroupSize, check_group_size, num_groups
 
 SCALE_DTYPES: dict[str, torch.dtype] = {
@@ -18,6 +18,8 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
 }
 GRADIENTS = ("exact", "ste")
+REFINEMENTS = (None, "least_squares", "alternating")
+TIED_SPARE_BITS = 2  # bits that a tied scale leaves free, so that 3/2 of it is a number of the same dtype
 
 
 class QuantParams(NamedTuple):
@@ -27,11 +29,13 @@ class QuantParams(NamedTuple):
         scale: in the spec's `scale_dtype`; for codebook grids the scale of the positive weights.
         zero_point: integer codes as uint8, where the grid has one per group.
         scale_negative: scale of the negative weights, where the grid has one.
+        scale_residual: scale of what the first one leaves, where the grid has one.
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
     scale_negative: Tensor | None = None
+    scale_residual: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,11 @@ class QuantSpec:
             group per matrix.
         scale_dtype: dtype the scales are stored in.
         zero_point_range: optional bounds (inclusive) of the zero points of an asymmetric affine grid.
-        gradient: ``"exact"`` also follows the path through each group's minimum and maximum; ``"ste"`` does not.
+        gradient: ``"exact"`` also follows the path through each group's minimum and maximum, or mean; ``"ste"`` does
+            not.
+        packing: how the codes lie in int32 words: ``"bitstream"``, or ``"base3"`` for grids with three levels.
+        refine: how the closed-form scales of a residual grid are refined: `None`, ``"least_squares"`` or
+            ``"alternating"``.
     """
 
     grid: Grid
@@ -52,6 +60,8 @@ class QuantSpec:
     scale_dtype: torch.dtype = torch.float16
     zero_point_range: tuple[int, int] | None = None
     gradient: Literal["exact", "ste"] = "exact"
+    packing: Literal["bitstream", "base3"] = "bitstream"
+    refine: Literal["least_squares", "alternating"] | None = None
 
     @classmethod
     def create(
@@ -63,6 +73,8 @@ class QuantSpec:
         scale_dtype: str = "float16",
         zero_point_range: tuple[int, int] | list[int] | None = None,
         gradient: str = "exact",
+        refine: str | None = None,
+        tied: bool = False,
     ) -> QuantSpec:
         """Build a spec from plain values, as they stand in configs and checkpoints.
 
@@ -79,7 +91,19 @@ class QuantSpec:
         if gradient not in GRADIENTS:
             raise ConfigError(f"`gradient` must be one of {list(GRADIENTS)}: got gradient={gradient!r}. Use 'exact'.")
         bounds = _check_zero_point_range(resolved, zero_point_range)
-        return cls(resolved, group_size, SCALE_DTYPES[scale_dtype], bounds, "exact" if gradient == "exact" else "ste")
+        _check_residual(resolved, refine, tied)
+        return cls(
+            replace(resolved, is_tied=tied) if isinstance(resolved, ResidualGrid) else resolved,
+            group_size,
+            SCALE_DTYPES[scale_dtype],
+            bounds,
+            "exact" if gradient == "exact" else "ste",
+            refine=refine,  # type: ignore[arg-type]  # one of REFINEMENTS
+        )
+
+    def packed_as(self, packing: str) -> QuantSpec:
+        """The spec with its codes in another layout; grids that the layout cannot hold keep ``"bitstream"``."""
+        return replace(self, packing="base3" if packing == "base3" and self.grid.num_levels == 3 else "bitstream")
 
     @property
     def scale_dtype_name(self) -> str:
@@ -87,7 +111,7 @@ class QuantSpec:
         return str(self.scale_dtype).removeprefix("torch.")
 
     def param_shape(self, weight_shape: torch.Size | tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of scale, zero point and negative scale for a weight ``[..., out, in]``.
+        """Shape of scales and zero points for a weight ``[..., out, in]``.
 
         Raises:
             GroupSizeError: the group size does not divide the input width.
@@ -105,6 +129,8 @@ class QuantSpec:
             "group_size": self.group_size,
             "scale_dtype": self.scale_dtype_name,
             "zero_point_range": list(self.zero_point_range) if self.zero_point_range else None,
+            "refine": self.refine,
+            "tied": isinstance(self.grid, ResidualGrid) and self.grid.is_tied,
         }
 
 
@@ -123,3 +149,21 @@ def _check_zero_point_range(grid: Grid, bounds: tuple[int, int] | list[int] | No
             f"zero_point_range={bounds!r}. Use (1, 2) at 2 bits for llama.cpp formats, or None."
         )
     return (bounds[0], bounds[1])
+
+
+def _check_residual(grid: Grid, refine: object, tied: object) -> None:
+    if refine not in REFINEMENTS:
+        raise ConfigError(
+            f"`refine` must be one of {list(REFINEMENTS)}: got refine={refine!r}. Use 'alternating' for the smallest "
+            "error."
+        )
+    if type(tied) is not bool:
+        raise ConfigError(f"`tied` must be True or False: got tied={tied!r}. Use False.")
+    if isinstance(grid, ResidualGrid):
+        return
+    for name, value, default in (("refine", refine, None), ("tied", tied, False)):
+        if value != default:
+            raise ConfigError(
+                f"`{name}` must be {default} for a grid without residual scales: got {name}={value!r}, "
+                f"grid={grid.name!r}. Use grid='r2q', or {name}={default}."
+            )

@@ -1,18 +1,24 @@
-"""Training: `DistillConfig`, `DistillTrainer`, teachers, and data that the teacher writes."""
+"""Training: `DistillConfig`, `DistillTrainer`, teachers, their caches, and data that the teacher writes."""
 
 from __future__ import annotations
 
+from bitdistiller_peft.training.cache_store import TeacherCache
+from bitdistiller_peft.training.cache_writer import cache_teacher
+from bitdistiller_peft.training.cached import CachedTeacher
 from bitdistiller_peft.training.config import DistillConfig
 from bitdistiller_peft.training.data import generate_teacher_data, load_teacher_data
 from bitdistiller_peft.training.teachers import SelfTeacher, SeparateTeacher, Teacher
 from bitdistiller_peft.training.trainer import DistillTrainer
 
 __all__ = [
+    "CachedTeacher",
     "DistillConfig",
     "DistillTrainer",
     "SelfTeacher",
     "SeparateTeacher",
     "Teacher",
+    "TeacherCache",
+    "cache_teacher",
     "generate_teacher_data",
     "load_teacher_data",
 ]

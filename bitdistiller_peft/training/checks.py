@@ -109,5 +109,7 @@ def check_parallelism(accelerator: Accelerator, *, is_self_teacher: bool) -> Non
             )
     plugin = getattr(accelerator.state, "deepspeed_plugin", None)
     if plugin is not None and plugin.zero_stage == 3:
-        advice = "Use FSDP2, or ZeRO-2." if is_self_teacher else "Use teacher='self' under FSDP2, or ZeRO-2."
-        raise ConfigError(f"DeepSpeed ZeRO stage 3 is not supported: got zero_stage=3. {advice}")
+        also = "" if is_self_teacher else ", which shards a separate teacher too"
+        raise ConfigError(
+            f"`zero_stage` must be at most 2: got DeepSpeed's zero_stage=3. Use FSDP2{also}, or zero_stage=2."
+        )

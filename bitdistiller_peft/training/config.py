@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Self
 
 import torch
 from trl import SFTConfig
 
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.losses import Objective
+from bitdistiller_peft.losses import Objective, RelationObjective
+from bitdistiller_peft.recipes import declare_fields, get_recipe
 
 ESTIMATE = "estimate"
 PER_TOKEN = "per_token"
+CACHED = "cached"
+QUANTIZED = "quantized"
+OFFLOAD = "offload"
 
 
 @dataclass
@@ -28,11 +33,27 @@ class DistillConfig(SFTConfig):
         gamma_num_batches: how many training batches the estimate looks at.
         loss_weights: for `loss_type="mixture"`: part to weight, e.g. ``{"cakld": 1.0, "ce": 0.1}``.
         ce_weight: how much cross-entropy with the labels to add to the loss.
+        logits_weight: how much the divergence of `loss_type` counts (BitNet Distillation's lambda); for a mixture, use
+            `loss_weights`.
+        attention_weight: how much attention-relation distillation to add (BitNet Distillation's gamma; published: 1e5
+            for classification). 0 for none.
+        attention_layer: the student's layer whose queries, keys and values are compared; negative from the end;
+            `None` for one at 22/28 of the depth.
+        attention_teacher_layer: the teacher's; `None` for the same, which needs a teacher of the same depth.
+        attention_split_heads: into how many parts the joined heads are split anew.
+        attention_relation: `"cosine"` (the paper's algorithm and its released code) or `"scaled_dot"` (equation 12).
+        attention_mask: keys that a token is related to: `"padding"` (all but padding), `"causal"`, or `"none"` (all, as
+            published).
+        attention_reduction: `"paper"` (mean over tokens and split heads) or `"code"` (over split heads twice).
         temperature: logits of both sides are divided by it before they are compared.
         rescale_temperature: multiply divergences by the square of the temperature.
         jsd_beta: the teacher's share of the mixture in `"jsd"`.
         loss_tile_tokens: tokens whose logits are held at once; `None` lets the vocabulary decide.
-        teacher: `"self"` for the student's own frozen full-precision weights, or the path or Hub name of a model.
+        teacher: `"self"` for the student's own frozen full-precision weights; the path or Hub name of a model; or the
+            student's base model in another place: `"quantized"` (bitsandbytes, 8 bits; 4 with
+            ``teacher_init_kwargs={"load_in_4bit": True}``), `"offload"` (in main memory, streamed layer by layer) or
+            `"cached"` (not in memory at all). `"quantized:PATH"` and `"offload:PATH"` do so with another model.
+        teacher_cache: for `"cached"`, the folder that `cache_teacher` wrote.
         teacher_init_kwargs: passed to `from_pretrained` where the teacher is a path or name.
         scale_learning_rate: learning rate of learned scales; `None` for `learning_rate`. They get no weight decay.
         zero_point_learning_rate: learning rate of learned zero points; `None` for `learning_rate`. No weight decay.
@@ -61,6 +82,18 @@ class DistillConfig(SFTConfig):
         default=None, metadata={"help": "Part to weight, for loss_type 'mixture', as JSON on the command line."}
     )
     ce_weight: float = field(default=0.0, metadata={"help": "Cross-entropy with the labels to add to the loss."})
+    logits_weight: float = field(default=1.0, metadata={"help": "Weight of the divergence of loss_type."})
+    attention_weight: float = field(default=0.0, metadata={"help": "Weight of attention-relation distillation."})
+    attention_layer: int | None = field(
+        default=None, metadata={"help": "The student's layer that is compared; by default a late one."}
+    )
+    attention_teacher_layer: int | None = field(
+        default=None, metadata={"help": "The teacher's layer; by default the same."}
+    )
+    attention_split_heads: int = field(default=32, metadata={"help": "Parts that the joined heads are split into."})
+    attention_relation: str = field(default="cosine", metadata={"help": "'cosine' or 'scaled_dot'."})
+    attention_mask: str = field(default="padding", metadata={"help": "'padding', 'causal' or 'none'."})
+    attention_reduction: str = field(default="paper", metadata={"help": "'paper' or 'code'."})
     temperature: float = field(default=1.0, metadata={"help": "Divides both sides' logits before comparison."})
     rescale_temperature: bool = field(
         default=True, metadata={"help": "Multiply divergences by the square of the temperature."}
@@ -69,7 +102,11 @@ class DistillConfig(SFTConfig):
     loss_tile_tokens: int | None = field(
         default=None, metadata={"help": "Tokens whose logits are held at once; by default the vocabulary decides."}
     )
-    teacher: str = field(default="self", metadata={"help": "'self', or the path or Hub name of a model."})
+    teacher: str = field(
+        default="self",
+        metadata={"help": "'self', 'cached', 'quantized', 'offload', or the path or Hub name of a model."},
+    )
+    teacher_cache: str | None = field(default=None, metadata={"help": "The folder of a cached teacher."})
     teacher_init_kwargs: dict[str, Any] | str | None = field(
         default=None, metadata={"help": "For from_pretrained of the teacher, as JSON on the command line."}
     )
@@ -84,6 +121,25 @@ class DistillConfig(SFTConfig):
         default=8, metadata={"help": "Quantized weights that the flip rate is measured on; -1 for all."}
     )
 
+    @classmethod
+    def from_recipe(cls, name: str, *, preset: str = "balanced", stage: str = "distill", **overrides: Any) -> Self:
+        """Build the configuration of one training stage of a named system.
+
+        Args:
+            name: a recipe's name, e.g. `"bitdistiller"`; `get_recipe` shows all of it.
+            preset: `"fast"`, `"balanced"` or `"max"`.
+            stage: `"distill"`, or `"pretrain"` where the recipe has that.
+            overrides: other values; those that only `BitDistillerConfig` has are left to it, so that both can be given
+                the same.
+
+        Raises:
+            UnknownNameError: no such recipe or preset.
+            ConfigError: no such stage, an override that neither class has, or a value that cannot work.
+        """
+        own = {item.name for item in fields(cls)}
+        values = get_recipe(name, preset, **overrides).training_for(stage)
+        return cls(**{**values, **{key: value for key, value in overrides.items() if key in own}})
+
     def __post_init__(self) -> None:
         """Check everything that can be checked without a model."""
         if not torch.accelerator.is_available():
@@ -92,8 +148,11 @@ class DistillConfig(SFTConfig):
         self.gamma = _as_gamma(self.gamma)
         self.loss_weights = _as_dict("loss_weights", self.loss_weights)
         self.teacher_init_kwargs = _as_dict("teacher_init_kwargs", self.teacher_init_kwargs)
+        if faults := self._weight_faults():  # the objective is made of these
+            raise ConfigError("\n".join(faults))
         self.objective(0.5)
-        faults = [*self._range_faults(), *self._unsupported_faults()]
+        self.relation_objective()
+        faults = [*self._range_faults(), *self._unsupported_faults(), *self._cache_faults()]
         if faults:
             raise ConfigError("\n".join(faults))
 
@@ -114,14 +173,22 @@ class DistillConfig(SFTConfig):
             estimate: the estimated gamma, used where `gamma` is `"estimate"`.
         """
         gamma = estimate if self.gamma == ESTIMATE else self.gamma
+        weights = self.loss_weights if isinstance(self.loss_weights, dict) else None
+        is_weighted = self.logits_weight != 1.0 and self.loss_type not in ("mixture", "ce")
         return Objective(
-            self.loss_type,
+            "mixture" if is_weighted else self.loss_type,
             gamma=None if self.gamma == ESTIMATE and not self.uses_gamma else gamma,  # type: ignore[arg-type]
             temperature=self.temperature,
             rescale_temperature=self.rescale_temperature,
             ce_weight=self.ce_weight,
             jsd_beta=self.jsd_beta,
-            weights=self.loss_weights if isinstance(self.loss_weights, dict) else None,
+            weights={self.loss_type: self.logits_weight} if is_weighted else weights,
+        )
+
+    def relation_objective(self) -> RelationObjective:
+        """How attention relations are compared."""
+        return RelationObjective(
+            self.attention_split_heads, self.attention_relation, self.attention_mask, self.attention_reduction
         )
 
     def _range_faults(self) -> list[str]:
@@ -141,6 +208,35 @@ class DistillConfig(SFTConfig):
                 ("zero_point_learning_rate", self.zero_point_learning_rate),
             )
             if value is not None and not value >= 0
+        ]
+
+    def _weight_faults(self) -> list[str]:
+        faults = []
+        if not 0 < self.logits_weight < math.inf:
+            faults.append(f"`logits_weight` must be positive: got logits_weight={self.logits_weight!r}. Use 1.0.")
+        if self.logits_weight != 1.0 and self.loss_type in ("mixture", "ce"):
+            faults.append(
+                f"`logits_weight` must be 1.0 for loss_type={self.loss_type!r}: got logits_weight="
+                f"{self.logits_weight!r}. Set the weights in loss_weights."
+            )
+        if not 0 <= self.attention_weight < math.inf:
+            faults.append(
+                f"`attention_weight` must not be negative: got attention_weight={self.attention_weight!r}. Use 0.0 for "
+                "none."
+            )
+        if self.attention_weight and (self.packing or self.padding_free):
+            faults.append(
+                "`packing` and `padding_free` must be off with attention_weight: relations would be taken across "
+                "documents. Set both to False."
+            )
+        return faults
+
+    def _cache_faults(self) -> list[str]:
+        if (self.teacher_cache is not None) == (self.teacher == CACHED):
+            return []
+        return [
+            f"`teacher_cache` must be given for teacher='cached', and only there: got teacher={self.teacher!r}, "
+            f"teacher_cache={self.teacher_cache!r}. Use teacher='cached' and the folder that cache_teacher() wrote."
         ]
 
     def _unsupported_faults(self) -> list[str]:
@@ -182,3 +278,6 @@ def _as_dict(name: str, value: dict[str, Any] | str | None) -> dict[str, Any] | 
     if value is not None and not isinstance(value, dict):
         raise ConfigError(f"`{name}` must be a dictionary: got {name}={value!r}.")
     return value
+
+
+declare_fields("training", [item.name for item in fields(DistillConfig)])

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,28 +15,25 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bitdistiller_peft._version import library_version
 from bitdistiller_peft.errors import StateError
 from bitdistiller_peft.layers import iter_quantized
+from bitdistiller_peft.training.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from bitdistiller_peft.training.teacher_data_prompts import (
     Prompt,
     check_lengths,
     fingerprint_prompts,
-    fingerprint_tokenizer,
     prepare_prompts,
 )
 from bitdistiller_peft.training.teacher_data_sampling import Answer, Sampling, answer_batch, stop_and_pad_ids
 from bitdistiller_peft.training.teacher_data_store import Row, TeacherDataStore, read_finished
-from bitdistiller_peft.training.teachers import full_precision
-from bitdistiller_peft.tuner import BitDistillerLayer
+from bitdistiller_peft.tuner import BitDistillerLayer, full_precision
 
 logger = logging.getLogger(__name__)
-
-_SAMPLED_PER_TENSOR = 16
 
 
 def generate_teacher_data(
@@ -110,7 +105,7 @@ def generate_teacher_data(
     check_lengths(prepared, max_new_tokens, getattr(base.config.get_text_config(), "max_position_embeddings", None))
     folder = None if output_dir is None else Path(output_dir)
     store = TeacherDataStore(folder, _identity(base, tokenizer, prepared, sampling), _provenance(base), batch_size)
-    with _as_teacher(model):
+    with full_precision(model):
         _answer_all(base, tokenizer, prepared, sampling, store, show_progress)
     store.finish()
     return Dataset.from_list(store.rows)
@@ -187,23 +182,6 @@ def _check_teacher(model: nn.Module) -> None:
         )
 
 
-@contextmanager
-def _as_teacher(model: PreTrainedModel | PeftModel) -> Iterator[None]:
-    """Borrow a model in eval mode, without our adapters."""
-    if any(isinstance(module, BitDistillerLayer) for module in model.modules()):
-        with full_precision(model):
-            yield
-        return
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True
-
-
 def _identity(
     base: PreTrainedModel, tokenizer: Any, prompts: Sequence[Prompt], sampling: Sampling
 ) -> Mapping[str, Any]:
@@ -230,34 +208,3 @@ def _provenance(base: PreTrainedModel) -> dict[str, Any]:
         "num_threads": torch.get_num_threads(),
         "versions": {"bitdistiller_peft": library_version(), **libraries},
     }
-
-
-def fingerprint_weights(model: nn.Module) -> str:
-    """SHA-256 of names, shapes, dtypes and a few values of every full-precision weight; the same with a student around.
-
-    Args:
-        model: a model, possibly with overlays; adapters do not count.
-    """
-    weights = {_plain_name(name): parameter for name, parameter in model.named_parameters()}
-    weights.pop("", None)
-    digest = hashlib.sha256()
-    for name, parameter in sorted(weights.items(), key=lambda item: item[0]):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(_some_values(parameter))
-    return digest.hexdigest()
-
-
-def _plain_name(name: str) -> str:
-    """The name that a parameter has without a student around it; empty for the student's own."""
-    if ".bitdistiller_" in name or ".modules_to_save." in name:
-        return ""
-    return name.replace(".base_layer.", ".").replace(".original_module.", ".")
-
-
-def _some_values(parameter: Tensor) -> bytes:
-    if parameter.is_meta or parameter.numel() == 0:
-        return b""
-    flat = parameter.detach().reshape(-1)
-    count = min(_SAMPLED_PER_TENSOR, len(flat))
-    picks = [index * (len(flat) - 1) // max(1, count - 1) for index in range(count)]
-    return flat[picks].double().cpu().numpy().tobytes()

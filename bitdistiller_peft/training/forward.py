@@ -19,7 +19,15 @@ from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
 
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.losses import Objective, distillation_loss, shift_labels
+from bitdistiller_peft.losses import (
+    Objective,
+    RelationObjective,
+    SparseTeacher,
+    attention_relation_loss,
+    distillation_loss,
+    shift_labels,
+)
+from bitdistiller_peft.training.attention import States, capture_attention, only_capture
 from bitdistiller_peft.training.heads import Head, output_head
 
 
@@ -30,6 +38,30 @@ class HiddenStates:
     hidden: Tensor
     """`[batch, time, width]`, after the last norm"""
     head: Head
+    attention: States | None = None
+    """queries, keys and values of the layer that was listened to"""
+
+
+@dataclass(frozen=True, eq=False)
+class SparseStates:
+    """What a teacher says of a batch where only its likeliest tokens were kept."""
+
+    known: SparseTeacher
+    """of `[batch, time]` positions"""
+
+    def flat(self, device: torch.device) -> SparseTeacher:
+        """One row per token, on a device."""
+        known = self.known
+        parts = (known.tokens.flatten(0, 1), known.log_probs.flatten(0, 1), known.log_tail.flatten(0, 1))
+        return SparseTeacher(*(part.to(device) for part in parts))
+
+
+@dataclass(frozen=True)
+class RelationTarget:
+    """Which of the student's layers is listened to, and how it is compared."""
+
+    layer: int
+    objective: RelationObjective
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,17 +71,22 @@ class DistillTarget:
     labels: Tensor
     """`[batch, time]`, not shifted"""
     objective: Objective
-    teacher: HiddenStates | None = None
+    teacher: HiddenStates | SparseStates | None = None
     tile_tokens: int | None = None
+    relations: RelationTarget | None = None
 
 
 @dataclass
 class DistillOutput(ModelOutput):
-    """The loss summed over the target tokens, and every statistic summed alike; divide by a count of your own."""
+    """The loss summed over the target tokens, and every statistic summed alike; divide by a count of your own.
+
+    `relation` is the attention-relation loss, summed over its rows, which are other tokens.
+    """
 
     loss: Tensor | None = None
     sums: dict[str, Tensor] | None = None
     num_targets: int | None = None
+    relation: Tensor | None = None
 
 
 def base_model_of(model: nn.Module) -> PreTrainedModel:
@@ -59,7 +96,10 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 
 
 def add_distill_forward(model: PreTrainedModel) -> None:
-    """Let `model.forward` take `distill=` and `return_hidden=`; without them it is what it was."""
+    """Let `model.forward` take `distill=` and `return_hidden=`; without them it is what it was.
+
+    With `return_hidden=`, `attention_layer=` names a layer whose queries, keys and values come along.
+    """
     original = model.forward
 
     @functools.wraps(type(model).forward)  # generate() reads the signature
@@ -68,16 +108,47 @@ def add_distill_forward(model: PreTrainedModel) -> None:
         *args: Any,
         distill: DistillTarget | None = None,
         return_hidden: bool = False,
+        attention_layer: int | None = None,
         **kwargs: Any,
     ) -> Any:
         if distill is None and not return_hidden:
             return original(*args, **kwargs)
-        hidden = last_hidden(self, *args, **kwargs)
+        if distill is not None and distill.relations is not None:
+            attention_layer = distill.relations.layer
+        hidden, attention = _hear(self, attention_layer, *args, **kwargs)
         head = output_head(self)
         hidden = hidden.to(head.weight.device)
-        return HiddenStates(hidden, head) if distill is None else _score(hidden, head, distill)
+        if distill is None:
+            return HiddenStates(hidden, head, attention)
+        output = _score(hidden, head, distill)
+        output.relation = _relate(attention, kwargs.get("attention_mask"), distill)
+        return output
 
     model.forward = types.MethodType(forward, model)
+
+
+def _hear(model: PreTrainedModel, layer: int | None, *args: Any, **kwargs: Any) -> tuple[Tensor, States | None]:
+    """Last hidden states, and what the attention of one layer was given."""
+    if layer is None:
+        return last_hidden(model, *args, **kwargs), None
+    with capture_attention(model, layer) as heard:
+        hidden = last_hidden(model, *args, **kwargs)
+    return hidden, only_capture(heard, layer)
+
+
+def _relate(attention: States | None, attention_mask: Tensor | None, distill: DistillTarget) -> Tensor | None:
+    if distill.relations is None or attention is None:
+        return None
+    if torch.is_grad_enabled() and not any(states.requires_grad for states in attention):
+        raise ConfigError(
+            f"`attention_layer` must have trained weights at or before it: layer {distill.relations.layer} carries no "
+            "gradient. Choose a later one; and gradient checkpointing must not be reentrant "
+            "(gradient_checkpointing_kwargs={'use_reentrant': False})."
+        )
+    teacher = distill.teacher.attention if isinstance(distill.teacher, HiddenStates) else None
+    if teacher is None:
+        raise ConfigError("`attention_weight` must be 0 for a teacher that shows no attention states: got one.")
+    return attention_relation_loss(attention, teacher, attention_mask, objective=distill.relations.objective)
 
 
 def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
@@ -91,12 +162,17 @@ def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
 
 
 def _score(hidden: Tensor, head: Head, distill: DistillTarget) -> DistillOutput:
-    teacher = distill.teacher
+    states: Tensor | SparseTeacher | None = None
+    match distill.teacher:
+        case HiddenStates() as teacher:
+            states = teacher.hidden.to(hidden.device).flatten(0, 1)
+        case SparseStates() as teacher:
+            states = teacher.flat(hidden.device)
     output = distillation_loss(
         hidden.flatten(0, 1),
         head,
-        None if teacher is None else teacher.hidden.to(hidden.device).flatten(0, 1),
-        None if teacher is None else teacher.head,
+        states,
+        distill.teacher.head if isinstance(distill.teacher, HiddenStates) else None,
         shift_labels(distill.labels.to(hidden.device)).flatten(),
         objective=distill.objective,
         tile_tokens=distill.tile_tokens,

@@ -16,14 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
 from bitdistiller_peft.errors import DataError
-from bitdistiller_peft.losses import shift_labels, teacher_confidence
-from bitdistiller_peft.training.forward import HiddenStates
+from bitdistiller_peft.losses import IGNORE_INDEX, ConfidenceSums, shift_labels, teacher_confidence
+from bitdistiller_peft.training.forward import HiddenStates, SparseStates
 
 _COLUMNS = ("input_ids", "labels", "attention_mask", "seq_lengths", "position_ids", "token_type_ids")
 
 
 def estimate_gamma(
-    answer: Callable[[Mapping[str, Any]], HiddenStates],
+    answer: Callable[[Mapping[str, Any]], HiddenStates | SparseStates],
     batches: Iterable[Mapping[str, Any]],
     accelerator: Accelerator,
     *,
@@ -43,11 +43,7 @@ def estimate_gamma(
     total = torch.zeros(2, dtype=torch.float32, device=accelerator.device)
     for batch in batches:
         labels: Tensor = batch["labels"]
-        states = answer(batch)
-        # `states.hidden` leads: the labels follow it to its device
-        sums = teacher_confidence(
-            states.hidden.flatten(0, 1), states.head, shift_labels(labels).flatten(), tile_tokens=tile_tokens
-        )
+        sums = _confidence(answer(batch), shift_labels(labels).flatten(), tile_tokens)
         total += torch.stack([sums.confidence.float(), sums.confidence.new_tensor(sums.num_targets)]).to(total)
     confidence, count = accelerator.reduce(total, reduction="sum").tolist()
     if not count:
@@ -57,6 +53,15 @@ def estimate_gamma(
         )
     # rounding over many tokens must not leave [0, 1]
     return min(1.0, max(0.0, confidence / count))
+
+
+def _confidence(states: HiddenStates | SparseStates, labels: Tensor, tile_tokens: int | None) -> ConfidenceSums:
+    if isinstance(states, HiddenStates):  # it leads: the labels follow it to its device
+        return teacher_confidence(states.hidden.flatten(0, 1), states.head, labels, tile_tokens=tile_tokens)
+    known = states.flat(labels.device)
+    rows = (labels != IGNORE_INDEX).nonzero().flatten()
+    best = known[rows].normalized()[0].amax(-1).exp().sum()
+    return ConfidenceSums(known[rows].of(labels[rows]).sum(), best, len(rows))
 
 
 def sample_batches(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bitdistiller_peft.layers import SCALE, SCALE_NEGATIVE, ZERO_POINT
+from bitdistiller_peft.layers import SCALE, SCALE_NEGATIVE, SCALE_RESIDUAL, ZERO_POINT
 from bitdistiller_peft.training.metrics import learned_parameters
 
-SCALES = (SCALE, SCALE_NEGATIVE)
+SCALES = (SCALE, SCALE_NEGATIVE, SCALE_RESIDUAL)
 ZERO_POINTS = (ZERO_POINT,)
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from bitdistiller_peft.errors import DataError
+from bitdistiller_peft.training.fingerprints import sha256_of
 
 Message = dict[str, str]
 MESSAGE_KEYS = {"role", "content"}
@@ -94,12 +93,7 @@ def check_lengths(prompts: Sequence[Prompt], max_new_tokens: int, context: int |
 
 def fingerprint_prompts(prompts: Sequence[Prompt]) -> str:
     """SHA-256 of the prompts as given and as tokenized."""
-    return _sha256([[prompt.value, prompt.ids] for prompt in prompts])
-
-
-def fingerprint_tokenizer(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary and the special tokens."""
-    return _sha256([sorted(tokenizer.get_vocab().items()), sorted(map(str, tokenizer.all_special_tokens))])
+    return sha256_of([[prompt.value, prompt.ids] for prompt in prompts])
 
 
 def _check_prompt(index: int, value: Any, *, is_text: bool) -> None:
@@ -153,11 +147,7 @@ def _seeds(values: list[Any], seed: int) -> list[int]:
     seen: Counter[str] = Counter()
     seeds = []
     for value in values:
-        key = _sha256(value)
-        seeds.append(int(_sha256([seed, key, seen[key]])[:16], 16) >> 1)
+        key = sha256_of(value)
+        seeds.append(int(sha256_of([seed, key, seen[key]])[:16], 16) >> 1)
         seen[key] += 1
     return seeds
-
-
-def _sha256(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -8,6 +8,7 @@ and what is logged. Only whole public methods are overridden; `tests/training/te
 from __future__ import annotations
 
 import itertools
+import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,7 +21,9 @@ from trl import SFTTrainer
 
 from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.losses import IGNORE_INDEX, Objective
+from bitdistiller_peft.training.cached import CachedTeacher
 from bitdistiller_peft.training.card import card_text
+from bitdistiller_peft.training.checkpoints import CheckpointManifest, resumable
 from bitdistiller_peft.training.checks import (
     check_dataset,
     check_master_dtype,
@@ -29,6 +32,7 @@ from bitdistiller_peft.training.checks import (
     check_targets,
 )
 from bitdistiller_peft.training.config import ESTIMATE, DistillConfig
+from bitdistiller_peft.training.documents import fingerprint_dataset
 from bitdistiller_peft.training.forward import (
     DistillTarget,
     add_distill_forward,
@@ -37,10 +41,14 @@ from bitdistiller_peft.training.forward import (
 )
 from bitdistiller_peft.training.gamma import estimate_gamma, sample_batches
 from bitdistiller_peft.training.guard import GradientGuard, not_finite
+from bitdistiller_peft.training.interrupts import GracefulStop
 from bitdistiller_peft.training.metrics import FlipCounter, Meter, RunMemory, Stopwatch
 from bitdistiller_peft.training.optimizer import split_groups, without_learned
+from bitdistiller_peft.training.placement import build_teacher
+from bitdistiller_peft.training.relations import Relations
 from bitdistiller_peft.training.sft import as_sft, config_kept, plain_output_head
-from bitdistiller_peft.training.teachers import Teacher, build_teacher, labels_of, num_tokens, without_labels
+from bitdistiller_peft.training.teachers import Teacher, labels_of, num_tokens, without_labels
+from bitdistiller_peft.tuner import note_provenance
 
 
 class DistillTrainer(SFTTrainer):
@@ -49,8 +57,8 @@ class DistillTrainer(SFTTrainer):
     Args:
         model: a student from `get_bitdistiller_model`, or a base model (or its path) together with `peft_config`.
         args: a `DistillConfig`.
-        teacher: `"self"`, the path or Hub name of a model, or a loaded model, which is then frozen and set to eval
-            mode; `None` for `args.teacher`.
+        teacher: what `args.teacher` may be, or a loaded model, which is then frozen and set to eval mode; `None` for
+            `args.teacher`.
         kwargs: everything else that `SFTTrainer` takes: `train_dataset`, `eval_dataset`, `processing_class`, ...
 
     Raises:
@@ -91,16 +99,22 @@ class DistillTrainer(SFTTrainer):
         base_model = base_model_of(self.model)
         add_distill_forward(base_model)
         self.teacher: Teacher | None = None
-        if args.objective(0.5).needs_teacher:
-            self.teacher = build_teacher(teacher, self.model, self.accelerator, args.teacher_kwargs)
+        if args.objective(0.5).needs_teacher or args.attention_weight:
+            self.teacher = build_teacher(teacher, self.model, self.accelerator, args)
+        if isinstance(self.teacher, CachedTeacher):
+            self.teacher.check(self.processing_class, train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             check_forward(base_model, self.args.device)
+        self._relations = Relations(args, base_model, self.teacher) if args.attention_weight else None
         self._meters = {"train": Meter(), "eval": Meter()}
         self._stopwatch = Stopwatch()
         self._flips: FlipCounter | None = None
         self._objective: Objective | None = None
         self.add_callback(RunMemory())
         self.add_callback(GradientGuard())
+        self.add_callback(CheckpointManifest())
+        self._stop = GracefulStop()
+        self.add_callback(self._stop)
 
     # ----------------------------------------------------------------------------------------------- what is minimized
 
@@ -149,12 +163,28 @@ class DistillTrainer(SFTTrainer):
 
     # --------------------------------------------------------------------------------------------------------- one step
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train, as `Trainer.train` does; gamma is estimated before the first step, or taken from the checkpoint."""
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, as `Trainer.train` does; gamma is estimated before the first step, or taken from the checkpoint.
+
+        SIGTERM and Ctrl-C finish the step and save it first, then end the process (status 143 and 130).
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the newest whole one in `output_dir`.
+            args: as in `Trainer.train`.
+            kwargs: as in `Trainer.train`.
+
+        Raises:
+            CheckpointError: the checkpoint is damaged, or has no optimizer state.
+        """
+        if resume_from_checkpoint:
+            resume_from_checkpoint = resumable(resume_from_checkpoint, self.args.output_dir) or resume_from_checkpoint
         self._objective = self._flips = None
         self.memory.num_tokens = 0
         self._meters["train"] = Meter()
-        return super().train(*args, **kwargs)
+        with self._stop.listening():
+            output = super().train(resume_from_checkpoint, *args, **kwargs)
+        self._stop.leave()
+        return output
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
@@ -168,8 +198,11 @@ class DistillTrainer(SFTTrainer):
         if not batches:
             return batches, None
         targets = sum(int((labels_of(batch)[..., 1:] != IGNORE_INDEX).sum()) for batch in batches)
-        counts = torch.tensor([targets, sum(map(num_tokens, batches))], device=device)
+        rows = 0 if self._relations is None else self._relations.rows(batches)
+        counts = torch.tensor([targets, sum(map(num_tokens, batches)), rows], device=device)
         counts = self.accelerator.reduce(counts, reduction="sum")
+        if self._relations is not None:
+            self._relations.total_rows = int(counts[2])
         self.memory.num_tokens += int(counts[1])
         return batches, counts[0]
 
@@ -178,6 +211,7 @@ class DistillTrainer(SFTTrainer):
         if self._objective is not None:
             return
         _ = self.objective
+        note_provenance(self.model, self._provenance())
         if self.args.log_flip_rate:
             self._flips = FlipCounter(self.model, self.args.flip_rate_layers)
         self._stopwatch.restart(self.memory.num_tokens)
@@ -200,14 +234,19 @@ class DistillTrainer(SFTTrainer):
         Raises:
             TrainingError: the loss is not finite.
         """
-        target = DistillTarget(labels_of(inputs), self.objective, self._ask(inputs), self.args.loss_tile_tokens)
+        relations, split = self._relations, "train" if self.model.training else "eval"
+        layer = None if relations is None else relations.target
+        target = DistillTarget(labels_of(inputs), self.objective, self._ask(inputs), self.args.loss_tile_tokens, layer)
         plain = without_labels(inputs)
         output = model(**plain, distill=target)
-        if not bool(torch.isfinite(output.loss)):
-            raise not_finite("loss", output.loss.item(), self.args, self.state)
-        self._meters["train" if self.model.training else "eval"].add(output.sums, output.num_targets)
+        total = output.loss.detach() + (0 if output.relation is None else output.relation.detach())
+        if not bool(torch.isfinite(total)):
+            raise not_finite("loss", total.item(), self.args, self.state)
+        self._meters[split].add(output.sums, output.num_targets)
         count = output.num_targets if num_items_in_batch is None else num_items_in_batch
         loss = output.loss / torch.as_tensor(count, device=output.loss.device).clamp(min=1)
+        if relations is not None:
+            loss = loss + relations.share(output.relation, plain, split, is_whole=num_items_in_batch is None)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is of all
         if not return_outputs:
@@ -233,8 +272,18 @@ class DistillTrainer(SFTTrainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log; a training entry also gets what the loss measured since the last one, per target token of all ranks."""
         if "loss" in logs:
-            logs = {**logs, **self._meters["train"].drain(self.accelerator), **self._run_logs()}
+            logs = {**logs, **self._measured("train"), **self._run_logs()}
         super().log(logs, start_time)
+
+    def _measured(self, split: str) -> dict[str, float]:
+        """What the loss and its parts came to since the last call; collective."""
+        means = self._meters[split].drain(self.accelerator)
+        if self._relations is None:
+            return means
+        related = self._relations.drain(split, self.accelerator)
+        if "loss" in means:
+            means["loss"] += self._relations.weight * sum(related.values())
+        return {**means, **related}
 
     def _run_logs(self) -> dict[str, float]:
         tokens = self.memory.num_tokens
@@ -264,7 +313,7 @@ class DistillTrainer(SFTTrainer):
         began = time.perf_counter()
         self._meters["eval"] = Meter()
         output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
-        means = self._meters["eval"].drain(self.accelerator)
+        means = self._measured("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         self._stopwatch.skip(time.perf_counter() - began)
         return output
@@ -292,6 +341,15 @@ class DistillTrainer(SFTTrainer):
             dataset=dataset_name,
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
+
+    def _provenance(self) -> dict[str, str | float | None]:
+        """Where the student's weights come from, for the packed model's config."""
+        return {
+            "loss": self.args.loss_type if self.args.loss_weights is None else json.dumps(self.args.loss_weights),
+            "gamma": self.gamma,
+            "teacher": None if self.teacher is None else self.teacher.description,
+            "data": fingerprint_dataset(self.train_dataset),
+        }
 
     def _describe_loss(self) -> str:
         gamma = "" if self._objective is None or self._objective.gamma is None else f", gamma {self._objective.gamma}"

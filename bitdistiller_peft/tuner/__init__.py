@@ -2,11 +2,21 @@
 
 from bitdistiller_peft.tuner._socket import register
 
-__all__ = ["BitDistillerConfig", "BitDistillerLayer", "BitDistillerModel", "get_bitdistiller_model"]
+__all__ = [
+    "BitDistillerConfig",
+    "BitDistillerLayer",
+    "BitDistillerModel",
+    "borrowed",
+    "full_precision",
+    "get_bitdistiller_model",
+    "note_provenance",
+]
 
 from bitdistiller_peft.tuner.api import get_bitdistiller_model
 from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import BitDistillerLayer
+from bitdistiller_peft.tuner.lending import borrowed, full_precision
 from bitdistiller_peft.tuner.model import BitDistillerModel
+from bitdistiller_peft.tuner.pack import note_provenance
 
 register(BitDistillerConfig, BitDistillerModel)

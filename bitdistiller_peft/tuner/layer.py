@@ -12,20 +12,22 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils.integrations import gather_params_ctx
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from bitdistiller_peft.errors import ConfigError, StateError, WeightError
 from bitdistiller_peft.hub.modules import expert_parameters, is_experts
 from bitdistiller_peft.kernels import compute_dtype
-from bitdistiller_peft.layers import FakeQuantWeight, forward_with
+from bitdistiller_peft.layers import NO_CHANGE, FakeQuantWeight, InputSpec, SubLN, forward_with, linear, quant_specs
 from bitdistiller_peft.quantizers import QuantSpec
 
 PREFIX = "bitdistiller_"
+NORM = PREFIX + "input_norm"
 
 
 class BitDistillerLayer(nn.Module, BaseTunerLayer):
     """What both overlays share. Each quantized parameter ``p`` has a `ModuleDict` ``bitdistiller_p`` keyed by adapter.
+
+    ``bitdistiller_input_norm`` holds the `SubLN` of each adapter that has one.
 
     Args:
         base_layer: the layer to stand for; its parameters stay as they are.
@@ -41,7 +43,9 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         self._before_merge: dict[str, Tensor] = {}
         for name in parameter_names:
             setattr(self, PREFIX + name, nn.ModuleDict())
-        self.adapter_layer_names = tuple(PREFIX + name for name in parameter_names)
+        setattr(self, NORM, nn.ModuleDict())
+        self.activation_bits: dict[str, int | None] = {}
+        self.adapter_layer_names = (*(PREFIX + name for name in parameter_names), NORM)
 
     def base_weight(self, name: str) -> Tensor:
         """The full-precision weight ``[..., out, in]`` (a view, transposed for `Conv1D`), also while one is merged."""
@@ -60,6 +64,7 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         *,
         learn_scale: bool,
         learn_zero_point: bool,
+        inputs: InputSpec = NO_CHANGE,
         master_dtype: torch.dtype | None = torch.float32,
         inference_mode: bool = False,
     ) -> None:
@@ -70,6 +75,7 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
             spec: how the weights are quantized.
             learn_scale: train the scales.
             learn_zero_point: train the zero points.
+            inputs: what happens to the inputs first: a `SubLN` with trained gains, int8 activations.
             master_dtype: dtype of the copies; `None` keeps the base layer's.
             inference_mode: whether the adapter starts frozen.
 
@@ -82,6 +88,10 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
                 start = self._start_weight(name, master_dtype)
                 student = FakeQuantWeight(start, spec, learn_scale=learn_scale, learn_zero_point=learn_zero_point)
             getattr(self, PREFIX + name)[adapter_name] = student
+        self.activation_bits[adapter_name] = inputs.activation_bits
+        if inputs.norm_eps is not None:
+            device = getattr(self.base_layer, self.parameter_names[0]).device
+            getattr(self, NORM)[adapter_name] = SubLN(self.in_features, inputs.norm_eps, device)  # type: ignore[arg-type]
         self.set_adapter(list(self.active_adapters), inference_mode=inference_mode)  # type: ignore[arg-type]
 
     def _start_weight(self, name: str, dtype: torch.dtype | None) -> Tensor:
@@ -103,7 +113,7 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
                 holders[adapter_name].to(target)
 
     def holders(self) -> list[nn.ModuleDict]:
-        """The students of each quantized parameter, by adapter."""
+        """The students of each quantized parameter, and the norms, by adapter."""
         return [getattr(self, name) for name in self.adapter_layer_names]
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -131,6 +141,31 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
             return None
         return self.student(name, adapters[0])
 
+    @property
+    def active_name(self) -> str:
+        """The name of the active adapter."""
+        names: list[str] = list(self.active_adapters)  # type: ignore[arg-type]
+        return names[0]
+
+    def input_norm(self, adapter_name: str) -> SubLN | None:
+        """The `SubLN` that an adapter puts before the layer, or `None`."""
+        norms: nn.ModuleDict = getattr(self, NORM)
+        # a `ModuleDict` has no `get`
+        return norms[adapter_name] if adapter_name in norms else None  # type: ignore[return-value]  # noqa: SIM401
+
+    def check_mergeable(self, adapter_name: str) -> None:
+        """Refuse to fold into a weight what happens to the inputs.
+
+        Raises:
+            StateError: the adapter has a `SubLN` or int8 activations here.
+        """
+        if self.input_norm(adapter_name) is not None or self.activation_bits.get(adapter_name) is not None:
+            raise StateError(
+                f"an adapter with SubLN or int8 activations must not be merged: got adapter {adapter_name!r}. A float "
+                "model has no place for them and would compute something else. Use pack_and_unload(), which keeps "
+                "them."
+            )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Write the fake-quantized weights into the base layer.
 
@@ -139,7 +174,7 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
             adapter_names: at most one name; the active adapter by default.
 
         Raises:
-            StateError: another adapter is merged already, or several are given.
+            StateError: another adapter is merged already, several are given, or it changes the inputs as well.
             WeightError: `safe_merge`, and NaN or Inf would be written.
         """
         known: list[str] = self._all_available_adapter_names()  # type: ignore[operator]
@@ -151,6 +186,7 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
                 f"only one adapter can be merged: got {[*self.merged_adapters, *adapters]}. "
                 "Call unmerge_adapter() first."
             )
+        self.check_mergeable(adapters[0])
         merged = {name: self.student(name, adapters[0])().detach() for name in self.parameter_names}
         if safe_merge and not all(bool(torch.isfinite(values).all()) for values in merged.values()):
             raise WeightError(f"merged weights must be finite: got NaN or Inf in adapter {adapters[0]!r}.")
@@ -196,7 +232,11 @@ class BitDistillerLinear(BitDistillerLayer):
 
     def _forward_quantized(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
         (inputs,) = (*args, *kwargs.values())
-        return F.linear(inputs, weights["weight"].to(compute_dtype(inputs)), self.bias)  # type: ignore[arg-type]
+        adapter_name = self.active_name
+        norm = self.input_norm(adapter_name)
+        spec = quant_specs(self.student("weight", adapter_name))["weight"]
+        inputs = inputs if norm is None else norm(inputs)
+        return linear(inputs, weights["weight"], self.bias, spec, self.activation_bits[adapter_name])  # type: ignore[arg-type]
 
 
 class BitDistillerExperts(BitDistillerLayer):

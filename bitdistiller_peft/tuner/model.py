@@ -86,6 +86,7 @@ class BitDistillerModel(BaseTuner):
                 spec,
                 learn_scale=peft_config.learn_scale,
                 learn_zero_point=peft_config.learn_zero_point and spec.grid.has_zero_point,
+                inputs=peft_config.inputs(current_key),
                 master_dtype=torch.float32 if peft_config.master_dtype == "float32" else None,
                 inference_mode=peft_config.inference_mode,
             )
@@ -140,15 +141,38 @@ class BitDistillerModel(BaseTuner):
 
         Raises:
             UnknownNameError: no adapter has this name.
-            StateError: several names, or another adapter is merged already.
+            StateError: several names, another adapter is merged already, or the student has `SubLN` norms or int8
+                activations, which a float model has no place for.
         """
         for name in adapter_names or []:
             if name not in self.peft_config:
                 raise UnknownNameError("adapter_names", name, self.peft_config)
         if adapter_names and len(adapter_names) == 1 and adapter_names != self.active_adapters:
             self.set_adapter(adapter_names[0])  # PEFT keeps the active adapter's trained norms, whatever it merges
+        self._check_mergeable()
         merged: nn.Module = super().merge_and_unload(progressbar, safe_merge, adapter_names)
         return merged
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Write the fake-quantized values into the base layers, as PEFT's `merge_adapter` does, but all or none.
+
+        Args:
+            adapter_names: at most one name; the active adapter by default.
+            safe_merge: refuse to write values that are not finite.
+
+        Raises:
+            StateError: see `merge_and_unload`.
+        """
+        self._check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names=adapter_names, safe_merge=safe_merge)
+
+    def _check_mergeable(self, adapter_names: list[str] | None = None) -> None:
+        for name, layer in self.student_layers():
+            for adapter_name in adapter_names or layer.active_adapters:  # type: ignore[union-attr]
+                try:
+                    layer.check_mergeable(adapter_name)
+                except BitDistillerError as error:
+                    raise add_location(error, f"layer {name!r}") from None
 
     def unload(self) -> nn.Module:
         """Return the full-precision model as it was before the student, its own norms, embeddings and head included."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from bitdistiller_peft.errors import BitDistillerError, StateError, add_location
+from bitdistiller_peft.errors import BitDistillerError, StateError, WeightError, add_location
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.convert import convertible
 from bitdistiller_peft.hub.quantizer import as_quantized
 from bitdistiller_peft.layers import (
+    InputSpec,
     PackedLinear,
+    SubLN,
+    attach_inputs,
     packed_tensors,
     quant_specs,
     quantized,
@@ -24,6 +28,7 @@ from bitdistiller_peft.layers import (
     to_packed_experts,
 )
 from bitdistiller_peft.quantizers import QuantSpec
+from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import BitDistillerLayer, BitDistillerLinear
 
 
@@ -36,6 +41,8 @@ class _Packed:
     spec: QuantSpec
     in_features: int
     tensors: dict[str, Tensor]
+    inputs: InputSpec
+    norm: SubLN | None
 
 
 def pack_model(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]], *, progressbar: bool) -> nn.Module:
@@ -59,7 +66,7 @@ def pack_model(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]], *,
         for name, layer in tqdm(layers, desc="Packing", disable=not progressbar, unit="layer")
         for parameter in layer.parameter_names
     ]
-    base_model = _base_model_name(model)
+    base_model, noted = _base_model_name(model), _noted(model, layers)
     for entry in packed:
         _put_in_place(model, entry)
     _unwrap_saved_modules(model)
@@ -68,7 +75,7 @@ def pack_model(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]], *,
     model.requires_grad_(False) if not packed else _freeze(model)
     if isinstance(model, PreTrainedModel):
         widths = {f"{entry.layer_name}.{entry.parameter}": entry.in_features for entry in packed}
-        as_quantized(model, _quant_config(model, packed, base_model), widths)
+        as_quantized(model, _quant_config(model, packed, base_model, noted), widths)
     return model
 
 
@@ -97,7 +104,12 @@ def _pack_parameter(name: str, layer: BitDistillerLayer, parameter: str) -> _Pac
     except BitDistillerError as error:
         raise add_location(error, f"layer {name!r}") from None
     spec = quant_specs(student)["weight"]
-    return _Packed(name, parameter, spec, codes.shape[-1], packed_tensors(codes, params, spec))
+    adapter_name = layer.active_name
+    norm = layer.input_norm(adapter_name)
+    if norm is not None and not bool(torch.isfinite(norm.weight).all()):
+        raise WeightError(f"the gains of a SubLN must be finite: got NaN or Inf in layer {name!r}.")
+    inputs = InputSpec(layer.activation_bits[adapter_name], None if norm is None else norm.eps)
+    return _Packed(name, parameter, spec, codes.shape[-1], packed_tensors(codes, params, spec), inputs, norm)
 
 
 def _put_in_place(model: nn.Module, entry: _Packed) -> None:
@@ -105,6 +117,9 @@ def _put_in_place(model: nn.Module, entry: _Packed) -> None:
     if isinstance(layer, BitDistillerLinear):
         new = PackedLinear(layer.in_features, layer.out_features, spec=entry.spec, device="meta")
         register_packed(new, "weight", entry.spec, entry.tensors)
+        attach_inputs(new, entry.inputs)
+        if entry.norm is not None:
+            new.input_norm = entry.norm
         new.bias = layer.bias  # type: ignore[assignment]  # the very parameter, frozen or not
         new.train(layer.training)
         model.set_submodule(entry.layer_name, new)
@@ -133,20 +148,51 @@ def _base_model_name(model: nn.Module) -> str | None:
     return next((name for name in names if name), None)
 
 
-def _quant_config(model: nn.Module, packed: list[_Packed], base_model: str | None) -> BitDistillerQuantConfig:
+def note_provenance(model: nn.Module, values: Mapping[str, str | float | None]) -> None:
+    """Note where the active adapter's weights come from; it is saved with the adapter, and packed with its codes.
+
+    Args:
+        model: a student; a model without our adapters is left alone.
+        values: by name, e.g. ``{"gamma": 0.4}``.
+    """
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    active: list[str] = getattr(model, "active_adapters", []) if configs else []  # type: ignore[assignment]
+    for name in active:
+        config = configs[name]
+        if isinstance(config, BitDistillerConfig):
+            config.provenance = {**config.provenance, **values}
+
+
+def _noted(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]]) -> dict[str, Any]:
+    configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
+    active = [name for _, layer in layers for name in layer.active_adapters]
+    return dict(configs[active[0]].provenance) if active and active[0] in configs else {}
+
+
+def _quant_config(
+    model: nn.Module, packed: list[_Packed], base_model: str | None, noted: dict[str, Any]
+) -> BitDistillerQuantConfig:
     """The config that describes exactly these layers: the commonest spec, and overrides for the rest."""
     by_layer = {entry.layer_name: entry.spec for entry in packed}
     specs = list(by_layer.values())
-    common = max(dict.fromkeys(specs), key=specs.count)
+    # a layout for ternary codes can only be said where the commonest grid is ternary
+    common = max(dict.fromkeys(specs), key=lambda spec: (spec.packing == "base3", specs.count(spec)))
     values: dict[str, Any] = common.to_dict()
+    normed = {entry.layer_name: entry.inputs.norm_eps for entry in packed if entry.inputs.norm_eps is not None}
+    if normed:
+        values["subln"] = "all" if len(normed) == len(by_layer) else "output"
+        values["subln_eps"] = next(iter(normed.values()))
+        values["subln_modules"] = sorted(normed) if values["subln"] == "output" else None
     return BitDistillerQuantConfig(
         **values,
         state="packed",
+        activation_bits=packed[0].inputs.activation_bits,
+        packing="base3" if any(spec.packing == "base3" for spec in specs) else "bitstream",
         modules_to_not_convert=sorted(name for name, module in convertible(model) if not quant_specs(module)),
         overrides={
             name: {key: value for key, value in spec.to_dict().items() if value != values[key]}
             for name, spec in by_layer.items()
             if spec != common
         },
-        provenance={"base_model": base_model},
+        provenance={"base_model": base_model, **noted},
     )

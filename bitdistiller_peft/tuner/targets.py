@@ -13,7 +13,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from bitdistiller_peft.errors import BitDistillerError, StateError, TargetError, add_location
-from bitdistiller_peft.hub.convert import check_expert_groups, convertible, default_skips
+from bitdistiller_peft.hub.convert import check_expert_groups, check_expert_inputs, convertible, default_skips
 from bitdistiller_peft.hub.modules import (
     check_experts,
     dense_weight,
@@ -22,8 +22,9 @@ from bitdistiller_peft.hub.modules import (
     is_linear,
     tied_names,
 )
+from bitdistiller_peft.hub.projections import check_projections
 from bitdistiller_peft.layers import iter_quantized, quant_specs
-from bitdistiller_peft.quantizers import QuantSpec, find_params
+from bitdistiller_peft.quantizers import find_params
 from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import BitDistillerLayer
 
@@ -132,9 +133,10 @@ def check_targets(config: BitDistillerConfig, model: nn.Module) -> None:
     ]
     if not targets:
         _refuse_empty(config, model)
+    check_projections([name for name, _ in targets], config.subln, config.subln_modules)
     for name, module in targets:
         try:
-            _check_target(name, module, config.spec(name), tied)
+            _check_target(name, module, config, tied)
         except BitDistillerError as error:
             raise add_location(error, f"layer {name!r}") from None
 
@@ -161,11 +163,13 @@ def _refuse_empty(config: BitDistillerConfig, model: nn.Module) -> None:
     )
 
 
-def _check_target(name: str, module: nn.Module, spec: QuantSpec, tied: set[str]) -> None:
+def _check_target(name: str, module: nn.Module, config: BitDistillerConfig, tied: set[str]) -> None:
+    spec = config.spec(name)
     base = module.base_layer if isinstance(module, BitDistillerLayer) else module
     if is_experts(base):
         check_experts(base, name)
         check_expert_groups(spec)
+        check_expert_inputs(config.activation_bits, config.subln)
     elif not is_linear(base):
         raise TargetError(
             f"a targeted module must be a linear layer, a Conv1D or fused experts: got {type(base).__name__}. "

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bitdistiller_peft.calibration import BlockReport, CalibrationResult, blockwise, calibrate
+from bitdistiller_peft.calibration import BlockReport, CalibrationResult, blockwise, calibrate, sweep
 from bitdistiller_peft.calibration.slots import find_student, full_precision
 from bitdistiller_peft.errors import ConfigError, StateError, TrainingError, UnknownNameError
 from tests.calibration.models import ARCHITECTURES, IDS, student
@@ -209,6 +209,9 @@ def test_a_model_that_is_no_row_of_blocks_is_refused(models: Path, monkeypatch: 
         ({"scale_learning_rate": 2}, ConfigError, "scale_learning_rate"),
         ({"warmup": 1}, ConfigError, "warmup"),
         ({"targets": "both"}, UnknownNameError, "targets"),
+        ({"loss": "huber"}, UnknownNameError, "loss"),
+        ({"clip_tokens": 0}, ConfigError, "clip_tokens"),
+        ({"clip_tokens": 1e4}, ConfigError, "clip_tokens"),
         ({"learning_rates": 1}, UnknownNameError, "Did you mean 'learning_rate'"),
     ],
 )
@@ -217,6 +220,41 @@ def test_options_outside_their_rule_are_refused(
 ) -> None:
     with pytest.raises(error, match=message):
         run(student(models), **options)
+
+
+@pytest.mark.parametrize(("tokens", "batches"), [(1, 1), (2 * IDS.shape[1], 2), (10**6, len(IDS))])
+def test_the_clip_search_looks_at_as_many_tokens_as_asked(
+    tokens: int, batches: int, models: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[list[int]] = []
+
+    def watch(stages: Any, run_batch: Any, num_batches: int, *, stop: bool) -> None:
+        looked.append([])
+        capture(stages, lambda index: (looked[-1].append(index), run_batch(index)), num_batches, stop=stop)
+
+    capture = sweep.capture
+    monkeypatch.setattr(sweep, "capture", watch)
+    run(student(models), epochs=0, clip_tokens=tokens)
+    assert looked
+    assert all(indices == list(range(batches)) for indices in looked)
+
+
+def test_no_single_token_decides_a_normalized_loss(models: Path) -> None:
+    """A decoder's first tokens have activations hundreds of times larger than all others."""
+    losses = {}
+    for loss in ("normalized", "mse"):
+        work = blockwise._Block.__new__(blockwise._Block)
+        output = torch.randn(1, 8, 16, generator=torch.Generator().manual_seed(0))
+        work.targets = [output.clone()]
+        output[0, 3] += 1  # an error somewhere
+        options = blockwise.BlockwiseOptions(loss=loss)
+        alone = torch.nn.functional.mse_loss(*work._compared(output, 0, options))
+        output[0, 0] *= 300
+        work.targets[0][0, 0] *= 303  # one per cent off, at a huge token
+        both = torch.nn.functional.mse_loss(*work._compared(output, 0, options))
+        losses[loss] = float(both / alone)
+    assert losses["normalized"] == pytest.approx(1, abs=1e-3)
+    assert losses["mse"] > 5
 
 
 def test_the_report_is_plain_data() -> None:

@@ -77,7 +77,7 @@ def test_every_quantized_parameter_gets_better_and_only_the_student_changes(name
         assert torch.equal(model(input_ids=IDS).logits, teacher)
 
 
-@pytest.mark.parametrize("grid", ["int", "int_sym", "nf"])
+@pytest.mark.parametrize("grid", ["int", "int_sym", "nf", "ternary"])
 def test_the_student_shows_what_was_found(grid: str, models: Path) -> None:
     model = student(models, grid=grid)
     _, slots = find_student(model)
@@ -90,6 +90,28 @@ def test_the_student_shows_what_was_found(grid: str, models: Path) -> None:
         set_learned_params(fresh, "weight", params)
         assert torch.equal(fresh.weight, originals[slot.name])
         assert torch.equal(slot.student(), fresh()), f"{slot.name}: clamping the master weight changed a value"
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"grid": "r2q"}, "got grid='r2q', .* Use refine='alternating'"),
+        ({"grid": "ternary", "learn_scale": False}, "grid='ternary': got learn_scale=False"),
+    ],
+    ids=["r2q", "ternary"],
+)
+def test_a_grid_whose_scales_follow_from_no_range_is_refused_before_anything_runs(
+    config: dict[str, Any], says: str, models: Path
+) -> None:
+    model = student(models, **config)
+    before = state(model)
+    for method in ("clip", "blockwise"):
+        with pytest.raises(ConfigError, match=rf"^In layer 'model\.layers\.0\..*{says}"):
+            run(model, method=method)
+    assert not changed(model, before)
+    others = student(models, **{"overrides": {"down_proj": config}} if "learn_scale" not in config else config)
+    result = run(others, skip=("down_proj",) if "learn_scale" not in config else (".*_proj",))
+    assert {report.note for report in result.layers if "down_proj" in report.name} == {"skipped"}
 
 
 @torch.no_grad()

@@ -110,3 +110,24 @@ def test_every_expert_gets_the_gram_of_its_own_inputs(models: Path) -> None:
             assert expected is not None
             torch.testing.assert_close(found, expected)
             assert stage.grams[32][expert].tokens == len(own)
+
+
+@torch.no_grad()
+def test_inputs_are_those_behind_the_norm_that_the_student_puts_there(models: Path) -> None:
+    base, slots = find_student(student(models, subln="all"))
+    random = torch.Generator().manual_seed(0)
+    for slot in slots:
+        slot.layer.input_norm("default").weight.uniform_(0.5, 2, generator=random)
+    queries, keys = slots[:2]
+    caught: list[Tensor] = []
+    queries.layer.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+    stages, _ = find_stages([queries, keys], lambda _: run_model(base, IDS))
+    assert [stage.slots for stage in stages] == [[queries], [keys]]
+    capture(stages, lambda _: run_model(base, IDS), 1, stop=False)
+    for stage in stages:
+        gram = Gram(32)
+        gram.add(stage.slots[0].layer.input_norm("default")(caught[0]))
+        found, expected = stage.grams[32][0].mean(), gram.mean()
+        assert found is not None
+        assert expected is not None
+        torch.testing.assert_close(found, expected)

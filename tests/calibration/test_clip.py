@@ -11,11 +11,12 @@ from torch import Tensor
 from bitdistiller_peft.calibration import clip
 from bitdistiller_peft.calibration.capture import Gram
 from bitdistiller_peft.calibration.clip import FACTORS, group_width, search_range
-from bitdistiller_peft.quantizers import QuantSpec, fake_quantize
+from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.quantizers import QuantSpec, dequantize, fake_quantize, get_quantizer, quantize, to_groups
 from tests.reference.clip_search import output_error, search
 
 OUT, IN, TOKENS = 12, 64, 90
-GRIDS = [("int", 2), ("int", 3), ("int_sym", 2), ("nf", 2), ("nf", 3), ("nf_sym", 3)]
+GRIDS = [("int", 2), ("int", 3), ("int_sym", 2), ("nf", 2), ("nf", 3), ("nf_sym", 3), ("fp", 3), ("fp_sym", 4)]
 GROUP_SIZES: list[int | Literal["tensor"]] = [16, -1, "tensor"]
 
 
@@ -97,6 +98,36 @@ def test_without_inputs_and_without_weights_the_widest_range_stays(weight: Tenso
     zero = search_range(torch.zeros(OUT, IN), torch.eye(16).expand(4, 16, 16), spec)
     assert not zero.low.any()
     assert not zero.error_after.any()
+
+
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+def test_a_ternary_scale_is_the_best_of_those_from_the_mean_outwards(
+    group_size: int | Literal["tensor"], weight: Tensor, inputs: Tensor
+) -> None:
+    spec = QuantSpec.create("ternary", 2, group_size=group_size)
+    width = group_width(spec, IN)
+    found = search_range(weight, gram_of(inputs, width), spec)
+    means = to_groups(weight, group_size).abs().double().mean(-1).float()
+    errors = []
+    for factor in FACTORS:
+        params = get_quantizer(spec.grid).params_from_range(means * (-1 / factor), means * (1 / factor), spec)
+        moved = (dequantize(quantize(weight, params, spec), params, spec) - weight).reshape(OUT, -1, width)
+        error = output_error(moved, inputs)
+        errors.append(error.sum().reshape(1, 1) if group_size == "tensor" else error)
+    torch.testing.assert_close(found.error_before.double(), errors[0], rtol=1e-4, atol=1e-9)
+    torch.testing.assert_close(found.error_after.double(), torch.stack(errors).amin(0), rtol=1e-4, atol=1e-9)
+    assert bool((found.error_after < found.error_before).any())
+    assert torch.equal(found.low, -found.high)
+
+
+def test_ranges_that_do_not_set_the_scale_are_refused(weight: Tensor) -> None:
+    gram = torch.eye(16).expand(4, 16, 16)
+    ternary = QuantSpec.create("ternary", 2, group_size=16)
+    with pytest.raises(ConfigError, match=r"`learn_scale` must be True .* grid='ternary': got learn_scale=False"):
+        search_range(weight, gram, ternary, clamp_weight=True)
+    for tied in (False, True):
+        with pytest.raises(ConfigError, match=r"got grid='r2q', .* Use refine='alternating'"):
+            search_range(weight, gram, QuantSpec.create("r2q", 2, group_size=16, tied=tied))
 
 
 def test_a_scale_that_cannot_be_stored_is_never_chosen() -> None:

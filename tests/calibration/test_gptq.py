@@ -216,9 +216,7 @@ def check_codes(slots: list[Slot], result: CalibrationResult, found: list[Compen
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
-def test_the_student_has_exactly_the_codes_that_were_chosen(
-    name: str, models: Path, found: list[Compensated]
-) -> None:
+def test_the_student_has_exactly_the_codes_that_were_chosen(name: str, models: Path, found: list[Compensated]) -> None:
     model = student(models, name)
     with torch.no_grad(), model.disable_adapter():
         teacher = model(input_ids=IDS).logits
@@ -240,6 +238,9 @@ def test_the_student_has_exactly_the_codes_that_were_chosen(
         ({"grid": "nf_sym", "bits": 3}, {"act_order": True}),
         ({"grid": "int_sym", "bits": 4, "group_size": -1}, {}),
         ({"group_size": "tensor"}, {}),
+        ({"grid": "fp", "bits": 3}, {}),
+        ({"grid": "ternary"}, {}),
+        ({"grid": "r2q"}, {"clip_search": False}),
         ({"learn_zero_point": True}, {"clip_weights": True}),
         ({"zero_point_range": (1, 2)}, {"clip_search": False}),
         ({"master_dtype": "base"}, {"clip_weights": True}),
@@ -293,6 +294,11 @@ def test_an_interrupted_run_leaves_the_model_as_it_was(models: Path, monkeypatch
     assert model.training
 
 
+def test_a_grid_without_ranges_says_what_to_do(models: Path) -> None:
+    with pytest.raises(ConfigError, match=r"layer 'model\.layers\.0.*clip_search=False"):
+        run(student(models, grid="r2q"))
+
+
 def test_skipped_layers_keep_min_max(models: Path) -> None:
     model = student(models)
     result = run(model, skip=("q_proj",))
@@ -317,9 +323,7 @@ def test_experts_without_tokens_are_rounded(models: Path) -> None:
         assert not torch.equal(slot.student()[0], fake_quantize(original[slot.name][0], slot.spec))
 
 
-def test_a_bar_is_shown_and_the_result_is_kept(
-    models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bar_is_shown_and_the_result_is_kept(models: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     model = student(models)
     result = run(model, show_progress=True, output_path=tmp_path / "gptq.safetensors")
     assert "14/14" in capfd.readouterr().err

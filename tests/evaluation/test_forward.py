@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from bitdistiller_peft.evaluation import forward
-from bitdistiller_peft.evaluation.forward import borrowed, tiles
+from bitdistiller_peft.evaluation.forward import tiles
+from bitdistiller_peft.tuner import borrowed
 
 
 def snapshot(model) -> list[object]:

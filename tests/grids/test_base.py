@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from bitdistiller_peft.grids import AffineGrid, CodebookGrid, Grid, get_grid
+from bitdistiller_peft.grids import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid, get_grid
 
 
 def test_an_asymmetric_affine_grid_stores_a_zero_point_per_group() -> None:
@@ -34,12 +34,25 @@ def test_a_plain_grid_uses_every_code_and_stores_nothing_but_a_scale() -> None:
     assert (grid.num_levels, grid.has_zero_point, grid.has_negative_scale) == (4, False, False)
 
 
-@pytest.mark.parametrize("name", ["int", "int_sym", "nf", "nf_sym"])
+def test_ternary_codes_are_three_around_a_fixed_zero() -> None:
+    grid = TernaryGrid("ternary", 2, is_symmetric=True)
+    assert (grid.num_levels, grid.max_code, grid.fixed_zero_point) == (3, 2, 1)
+    assert (grid.has_zero_point, grid.has_negative_scale, grid.has_residual_scale) == (False, False, False)
+
+
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_a_residual_grid_stores_a_second_scale_unless_it_is_tied(is_tied: bool) -> None:
+    grid = ResidualGrid("r2q", 2, is_tied=is_tied)
+    assert (grid.num_levels, grid.has_residual_scale) == (4, not is_tied)
+    assert (grid.has_zero_point, grid.has_negative_scale) == (False, False)
+
+
+@pytest.mark.parametrize("name", ["int", "int_sym", "nf", "nf_sym", "fp", "fp_sym"])
 def test_equal_grids_are_equal_and_hash_alike(name: str) -> None:
     one, two = get_grid(name, 3), get_grid(name, 3)
     assert one == two
     assert hash(one) == hash(two)
-    assert one != get_grid(name, 2)
+    assert one != get_grid(name, 4)
 
 
 def test_a_grid_cannot_be_changed() -> None:

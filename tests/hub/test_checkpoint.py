@@ -135,7 +135,7 @@ def test_another_shape_or_dtype_is_refused_and_named(saved: GetSaved, suffix: st
 @UNVERIFIED
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0, 0.0, -0.0, 1e-7])
 def test_a_scale_that_no_packing_stores_is_refused(saved: GetSaved, value: float, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"^tensor '{DOWN}' must hold what packing writes: the"):
+    with pytest.raises(CheckpointError, match=rf"^tensor '{DOWN}' in {WEIGHTS} must hold what packing writes: the"):
         load(damaged(saved("llama").folder, tmp_path / "model", {f"{DOWN}_scale": put(value)}))
 
 
@@ -146,6 +146,38 @@ def test_a_scale_of_zero_stands_for_an_absent_sign_where_a_grid_has_two(saved: G
     assert logits(model).isfinite().all()
     with pytest.raises(CheckpointError, match=rf"'{DOWN}'"):
         load(damaged(original, tmp_path / "negative", {f"{DOWN}_scale_negative": put(-1.0)}))
+
+
+@UNVERIFIED
+def test_a_residual_scale_may_be_zero_or_subnormal_but_not_negative_or_infinite(
+    saved: GetSaved, tmp_path: Path
+) -> None:
+    original = saved("llama", grid="r2q").folder
+    for number, value in enumerate((0.0, 1e-7)):
+        model = load(damaged(original, tmp_path / f"small-{number}", {f"{DOWN}_scale_residual": put(value)}))
+        assert logits(model).isfinite().all()
+    for number, value in enumerate((-1.0, float("nan"), float("inf"))):
+        with pytest.raises(CheckpointError, match=rf"^tensor '{DOWN}' in {WEIGHTS} must hold what packing writes: the"):
+            load(damaged(original, tmp_path / f"bad-{number}", {f"{DOWN}_scale_residual": put(value)}))
+
+
+@UNVERIFIED
+@pytest.mark.parametrize(
+    ("settings", "spare"),
+    [({"grid": "ternary"}, 3), ({"grid": "fp", "bits": 3}, 7), ({"grid": "fp_sym", "bits": 4}, 15)],
+)
+def test_a_code_that_stands_for_nothing_is_refused(
+    saved: GetSaved, settings: dict[str, Any], spare: int, tmp_path: Path
+) -> None:
+    original = saved("llama", **settings).folder
+
+    def with_spare_code(words: torch.Tensor) -> torch.Tensor:
+        words = words.clone()
+        words[-1, 0] |= spare  # all bits of the first code of the last row
+        return words
+
+    with pytest.raises(CheckpointError, match=rf"^tensor '{DOWN}' in {WEIGHTS} must hold .*: got {spare}\."):
+        load(damaged(original, tmp_path / "model", {DOWN: with_spare_code}))
 
 
 @UNVERIFIED
@@ -166,7 +198,7 @@ def test_a_set_bit_behind_the_last_code_is_refused(
 ) -> None:
     own = {key: value for key, value in settings.items() if key == "bits"}
     original = saved("llama-172", group_size=32, overrides={"down_proj": settings}, **own).folder
-    with pytest.raises(CheckpointError, match=rf"^tensor '{DOWN}' must hold .* unused bits .* must be 0"):
+    with pytest.raises(CheckpointError, match=rf"^tensor '{DOWN}' in {WEIGHTS} must hold .* unused bits .* must be 0"):
         load(damaged(original, tmp_path / "model", {DOWN + suffix: with_bit(position)}))
 
 
@@ -207,6 +239,10 @@ def test_experts_are_judged_by_their_values_too(saved: GetSaved, arch: str, tmp_
         ({"grid": "int_sym"}, {"grid": "int"}),
         ({"grid": "nf"}, {"grid": "nf_sym"}),
         ({"grid": "nf"}, {"grid": "int_sym"}),
+        ({}, {"grid": "r2q"}),
+        ({"grid": "r2q"}, {"grid": "ternary"}),
+        ({"grid": "r2q"}, {"tied": True}),
+        ({"grid": "int_sym"}, {"grid": "r2q"}),
     ],
     ids=str,
 )
@@ -222,7 +258,7 @@ def test_a_config_that_does_not_fit_the_weights_is_refused(
 def test_packed_is_not_read_as_latent_nor_latent_as_packed(saved: GetSaved, bases: Path, tmp_path: Path) -> None:
     folder = copy_of(saved("llama").folder, tmp_path / "packed")
     edit_config(folder, state="latent")
-    with pytest.raises(RuntimeError, match="mismatched_sizes"):
+    with pytest.raises(CheckpointError, match="do not belong together"):
         load(folder)
     latent = BitDistillerQuantConfig(group_size=32, state="latent")
     load(save_base("llama", bases), quantization_config=latent).save_pretrained(tmp_path / "latent")
@@ -289,7 +325,7 @@ def test_an_index_cannot_reach_outside_its_folder(saved: GetSaved, tmp_path: Pat
     index = tmp_path / "model" / "model.safetensors.index.json"
     content = index.read_text(encoding="utf-8").replace("model-00001-of-00004", "../outside")
     index.write_text(content, encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"the weights must lie in .*got .*outside\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"must name a \.safetensors file in its own folder.*got '\.\./outside"):
         load(tmp_path / "model")
 
 

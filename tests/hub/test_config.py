@@ -21,6 +21,8 @@ EVERYTHING: dict[str, Any] = {
     "grid": "int",
     "scale_dtype": "bfloat16",
     "zero_point_range": [1, 6],
+    "refine": None,
+    "tied": False,
     "modules_to_not_convert": ["lm_head"],
     "overrides": {"model.layers.0.mlp.down_proj": {"bits": 4, "group_size": -1}},
     "packing": "bitstream",
@@ -28,10 +30,21 @@ EVERYTHING: dict[str, Any] = {
     "written_by": "bitdistiller_peft 0.0.1",
     "install": "somehow",
 }
+BITNET: dict[str, Any] = {
+    "grid": "ternary",
+    "group_size": "tensor",
+    "activation_bits": 8,
+    "subln": "output",
+    "subln_eps": 1e-6,
+    "subln_modules": ["model.layers.0.self_attn.o_proj"],
+    "packing": "base3",
+}
 LATENT = {"state": "latent", "learn_scale": True, "learn_zero_point": True, "gradient": "ste"}
 
 
-@pytest.mark.parametrize("settings", [{}, EVERYTHING, {**EVERYTHING, **LATENT}], ids=["default", "packed", "latent"])
+@pytest.mark.parametrize(
+    "settings", [{}, EVERYTHING, BITNET, {**EVERYTHING, **LATENT}], ids=["default", "packed", "bitnet", "latent"]
+)
 def test_a_config_survives_json_and_config_json(settings: dict[str, Any], tmp_path: Path) -> None:
     config = BitDistillerQuantConfig(**settings)
     stored = config.to_dict()
@@ -119,6 +132,13 @@ def test_an_unknown_key_is_refused_whatever_it_holds(stored: dict[Any, Any]) -> 
         {"zero_point_range": [0, 4]},
         {"zero_point_range": {"low": 1}},
         {"zero_point_range": [1, 2], "grid": "int_sym"},
+        {"refine": "alternating"},
+        {"refine": "greedy", "grid": "r2q"},
+        {"refine": ["alternating"], "grid": "r2q"},
+        {"tied": True},
+        {"tied": "yes", "grid": "r2q"},
+        {"grid": "ternary", "bits": 3},
+        {"grid": "fp"},
         {"state": ""},
         {"state": ["packed"]},
         {"packing": None},

@@ -86,8 +86,10 @@ def test_parameters_start_from_min_max_and_survive_saving(bases: Path, arch: str
         ({"learn_zero_point": True}, {"", "_scale", "_zero_point"}),
         ({"learn_scale": False}, {""}),
         ({"grid": "nf", "bits": 3}, {"", "_scale", "_scale_negative"}),
+        ({"grid": "r2q", "refine": "least_squares"}, {"", "_scale", "_scale_residual"}),
+        ({"grid": "ternary"}, {"", "_scale"}),
     ],
-    ids=["scale", "zero-point", "nothing", "both-scales"],
+    ids=["scale", "zero-point", "nothing", "both-scales", "residual-scale", "ternary"],
 )
 def test_what_the_config_says_is_trained_and_nothing_else_of_the_quantizer(
     bases: Path, settings: dict[str, Any], trained: set[str], tmp_path: Path

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from bitdistiller_peft import BitDistillerConfig, BitDistillerQuantConfig, print_quant_summary, quant_summary
 from bitdistiller_peft.hub.manifest import read_header
+from bitdistiller_peft.kernels import backend_info
 from tests.hub.models import WEIGHTS, Saved, make_student
 from tests.tiny import CONFIGS, load, save_base
 
@@ -37,7 +38,16 @@ def check(model: torch.nn.Module, folder: Path, base: Path) -> None:
 
 
 @pytest.mark.parametrize("arch", CONFIGS)
-@pytest.mark.parametrize("settings", [{"group_size": -1}, {"bits": 3, "grid": "nf", "group_size": 4}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"group_size": -1},
+        {"bits": 3, "grid": "nf", "group_size": 4},
+        {"grid": "ternary", "group_size": 4},
+        {"grid": "r2q", "group_size": 4},
+    ],
+    ids=str,
+)
 def test_student_and_packed_model_are_counted_as_the_file_is(
     bases: Path, arch: str, settings: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -143,13 +153,14 @@ def test_a_latent_model_says_what_it_will_take_once_packed(bases: Path, saved: G
 def test_the_printed_table_and_the_card_show_these_numbers(saved: GetSaved, capsys: pytest.CaptureFixture[str]) -> None:
     original = saved("mixtral")
     print_quant_summary(original.model)
-    header, ruler, *rows, total, size = capsys.readouterr().out.splitlines()
+    header, ruler, *rows, total, size, kernels = capsys.readouterr().out.splitlines()
     assert header.split() == ["weights", "bits", "group", "state", "tensors", "parameters", "bits/weight"]
     assert set(ruler) == {"-"}
     bits = file_bytes(original.folder) * 8
     weights = sum(row.num_weights for row in quant_summary(original.model).rows)
     assert total.split()[-2:] == [f"{weights:,}", f"{bits / weights:.3f}"]
     assert size == f"packed size: {bits / 8 / 2**20:,.1f} MiB"
+    assert kernels == f"kernels on cpu: {backend_info('cpu')}"
     assert [row.split()[0] for row in rows] == ["int", "float32"]
     card = (original.folder / "README.md").read_text(encoding="utf-8")
     assert f"Packed low-bit weights: {bits / weights:.2f} bits per weight over the whole file" in card

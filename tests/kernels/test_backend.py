@@ -12,11 +12,15 @@ from bitdistiller_peft.errors import ConfigError, UnknownNameError
 from bitdistiller_peft.kernels import (
     Backend,
     ReferenceBackend,
+    backend_info,
     backend_names,
     dequantize_packed,
     get_backend,
+    packed_embedding,
     packed_linear,
     register_backend,
+    select_backend,
+    set_backend,
     use_backend,
 )
 from bitdistiller_peft.kernels import backend as module
@@ -48,6 +52,7 @@ class Ones(Backend):
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BACKENDS", {"reference": module._BACKENDS["reference"]})
+    monkeypatch.setattr(module, "_default", ["auto"])
 
 
 def test_the_reference_is_always_there() -> None:
@@ -99,6 +104,66 @@ def test_a_backend_is_forced_in_this_thread_only() -> None:
         thread.start()
         thread.join()
     assert seen == ["ones"]
+
+
+class Picky(Ones):
+    """Takes fp32 only."""
+
+    def supports(self, spec: QuantSpec, dtype: torch.dtype) -> bool:
+        return dtype == torch.float32
+
+    def details(self) -> str:
+        return "fp32"
+
+
+def test_a_backend_that_cannot_take_a_weight_is_left_for_the_next_one() -> None:
+    register_backend(Ones("ones"))
+    register_backend(Picky("picky"))
+    spec = QuantSpec.create("int", 2, group_size=-1)
+    assert select_backend(CPU, spec, torch.float32).name == "picky"
+    assert select_backend(CPU, spec, torch.float16).name == "ones"
+    base3 = QuantSpec.create("ternary", 2, group_size=-1).packed_as("base3")
+    assert select_backend(CPU, base3, torch.float16).name == "reference"
+
+
+def test_a_forced_backend_is_left_with_one_notice(caplog: pytest.LogCaptureFixture) -> None:
+    module._notice.cache_clear()
+    register_backend(Picky("picky"))
+    spec = QuantSpec.create("int", 2, group_size=-1)
+    with use_backend("picky"):
+        names = [select_backend(CPU, spec, torch.float16).name for _ in range(3)]
+    assert names == ["reference"] * 3
+    (record,) = caplog.records
+    assert "backend 'picky' cannot multiply grid='int', bits=2 in torch.float16" in record.getMessage()
+
+
+def test_a_backend_can_be_set_for_the_process() -> None:
+    register_backend(Picky("picky"))
+    set_backend("reference")
+    assert get_backend(CPU).name == "reference"
+    seen: list[str] = []
+    thread = threading.Thread(target=lambda: seen.append(get_backend(CPU).name))
+    thread.start()
+    thread.join()
+    assert seen == ["reference"]
+    with use_backend("picky"):
+        assert backend_info() == "picky (fp32)"
+    assert backend_info("cpu") == "reference"
+    set_backend("auto")
+    assert get_backend(CPU).name == "picky"
+    with pytest.raises(UnknownNameError, match="must be one of"):
+        set_backend("nobody")
+
+
+def test_rows_are_looked_up_by_any_backend(generator: torch.Generator) -> None:
+    words = torch.randint(-(2**31), 2**31 - 1, (7, 2), dtype=torch.int32, generator=generator)
+    scale = torch.rand(7, 2, generator=generator).half() + 0.5
+    for group_size, params in ((16, QuantParams(scale)), ("tensor", QuantParams(scale[:1, :1]))):
+        spec = QuantSpec.create("int_sym", 2, group_size=group_size)
+        dense = dequantize_packed(words, params, spec, 32, torch.float32)
+        for ids in (torch.tensor([[0, 6], [3, 3]]), torch.tensor(5), torch.empty(0, 2, dtype=torch.long)):
+            found = packed_embedding(ids, words, params, spec, 32, torch.bfloat16)
+            assert torch.equal(found, dense[ids].bfloat16())
 
 
 def test_an_unknown_backend_is_refused_with_the_nearest_name() -> None:

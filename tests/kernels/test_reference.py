@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from contextlib import AbstractContextManager
+from typing import Any
 
 import pytest
 import torch
@@ -96,12 +97,12 @@ def test_unpacking_never_holds_more_codes_than_a_tile(monkeypatch: pytest.Monkey
     monkeypatch.setattr(reference, "TILE_WEIGHTS", 5 * 24)
     rows: list[int] = []
 
-    def unpack(words: Tensor, bits: int, num_codes: int) -> Tensor:
+    def unpack(words: Tensor, *layout: Any) -> Tensor:
         rows.append(words.shape[0])
-        return unpack_codes(words, bits, num_codes)
+        return unpack_row(words, *layout)
 
-    unpack_codes = reference.unpack_codes
-    monkeypatch.setattr(reference, "unpack_codes", unpack)
+    unpack_row = reference.unpack_row
+    monkeypatch.setattr(reference, "unpack_row", unpack)
     spec = QuantSpec.create("nf", 3, group_size=-1)
     dequantize_packed(*packed(hard_weight(), spec), spec, 24, torch.float32)
     assert rows == [5, 5, 3]

@@ -30,6 +30,14 @@ from tests.quantizers.samples import each_grid, each_scale_dtype, hard_weight, n
 each_group_size = pytest.mark.parametrize("group_size", [-1, 4, "tensor"])
 
 
+COMPANIONS = {
+    "int": ["_scale", "_zero_point"],
+    "nf": ["_scale", "_scale_negative"],
+    "fp": ["_scale", "_scale_negative"],
+    "r2q": ["_scale", "_scale_residual"],
+}
+
+
 class Holder(nn.Module):
     """Any module with a float parameter that is not called `weight`."""
 
@@ -55,7 +63,7 @@ def own_tensors(module: nn.Module) -> dict[str, Tensor]:
 def test_each_grid_gets_the_companions_it_needs(grid: str, bits: int) -> None:
     spec = QuantSpec.create(grid, bits, group_size=4)
     holder = attached(normal(3, 8), spec)
-    wanted = {"int": ["_scale", "_zero_point"], "nf": ["_scale", "_scale_negative"]}.get(grid, ["_scale"])
+    wanted = COMPANIONS.get(grid, ["_scale"])
     assert list(companion_suffixes(spec)) == wanted
     assert set(own_tensors(holder)) == {"kernel", *("kernel" + suffix for suffix in wanted)}
     assert quant_specs(holder) == {"kernel": spec}
@@ -233,6 +241,8 @@ def test_what_is_packed_is_what_was_trained(grid: str, bits: int, learn_scale: b
         ("int_sym", {}),
         ("nf", {}),
         ("nf_sym", {}),
+        ("fp", {}),
+        ("fp_sym", {}),
     ],
     ids=str,
 )
@@ -240,6 +250,23 @@ def test_whatever_can_be_learned_gets_a_gradient(grid: str, options: dict[str, b
     holder = attached(normal(3, 8), QuantSpec.create(grid, 3, group_size=4), **options)
     fake_quantized(holder, "kernel").square().sum().backward()
     assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in holder.parameters())
+
+
+@pytest.mark.parametrize(("grid", "options"), [("ternary", {}), ("r2q", {}), ("r2q", {"tied": True})], ids=str)
+@pytest.mark.parametrize("learn_scale", [False, True])
+def test_whatever_two_bit_grids_learn_gets_a_gradient(grid: str, options: dict[str, bool], learn_scale: bool) -> None:
+    holder = attached(normal(3, 8), QuantSpec.create(grid, 2, group_size=4, **options), learn_scale=learn_scale)
+    fake_quantized(holder, "kernel").square().sum().backward()
+    assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in holder.parameters())
+
+
+def test_a_tied_residual_scale_is_neither_learned_nor_stored() -> None:
+    spec = QuantSpec.create("r2q", 2, group_size=4, tied=True)
+    holder = attached(normal(3, 8), spec)
+    assert set(own_tensors(holder)) == {"kernel", "kernel_scale"}
+    codes, params = quantized(holder, "kernel")
+    assert list(packed_tensors(codes, params, spec)) == ["", "_scale"]
+    assert torch.equal(dequantize(codes, params, spec), fake_quantized(holder, "kernel"))
 
 
 def test_several_parameters_of_one_module_are_quantized_side_by_side() -> None:
@@ -319,4 +346,4 @@ def test_registered_tensors_take_the_place_of_the_float_ones_frozen() -> None:
     assert torch.equal(stored.scale, params.scale)
     assert torch.equal(stored.zero_point, pack_codes(params.zero_point, 2))
     assert stored.scale_negative is None
-    assert [companion(holder, "kernel", suffix) is None for suffix in SUFFIXES] == [False, False, True]
+    assert [companion(holder, "kernel", suffix) is None for suffix in SUFFIXES] == [False, False, True, True]

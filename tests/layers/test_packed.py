@@ -14,7 +14,7 @@ from bitdistiller_peft.layers import PackedLinear
 from bitdistiller_peft.quantizers import QuantSpec, fake_quantize, find_params, quantize
 from tests.quantizers.samples import each_grid, each_scale_dtype, hard_weight, normal
 
-STORED = ("weight", "weight_scale", "weight_zero_point", "weight_scale_negative")
+STORED = ("weight", "weight_scale", "weight_zero_point", "weight_scale_negative", "weight_scale_residual")
 CASTS: dict[str, Callable[[nn.Module], nn.Module]] = {
     "to(bfloat16)": lambda module: module.to(torch.bfloat16),
     "to(float16)": lambda module: module.to(torch.float16),

@@ -10,17 +10,34 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitdistiller_peft.grids import CodebookGrid
+from bitdistiller_peft.grids import CodebookGrid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.quantizers import SCALE_DTYPES as DTYPES_BY_NAME
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, dequantize, fake_quantize, find_params, quantize
 from tests.reference import quantization as reference
 
-WIDTHS = {"int": (2, 3, 4, 8), "int_sym": (2, 3, 4, 8), "nf": (2, 3, 4), "nf_sym": (2, 3, 4)}
+WIDTHS = {
+    "int": (2, 3, 4, 8),
+    "int_sym": (2, 3, 4, 8),
+    "nf": (2, 3, 4),
+    "nf_sym": (2, 3, 4),
+    "fp": (3, 4),
+    "fp_sym": (3, 4),
+    "ternary": (2,),
+    "r2q": (2,),
+}
 GRIDS = [(grid, bits) for grid, widths in WIDTHS.items() for bits in widths]
 SCALE_DTYPES = tuple(DTYPES_BY_NAME)
 
 each_grid = pytest.mark.parametrize(("grid", "bits"), GRIDS, ids=lambda value: str(value))
 each_scale_dtype = pytest.mark.parametrize("scale_dtype", SCALE_DTYPES)
+
+# how the scales of grid "r2q" can be computed, beside the plain way
+RESIDUAL_OPTIONS = [
+    {"refine": refine, "tied": tied}
+    for tied in (False, True)
+    for refine in (None, "least_squares", "alternating")
+    if refine or tied
+]
 
 # Levels of our own, so that nothing hangs on the outermost being 1, or the two sides being alike.
 FP3 = CodebookGrid("fp3", 3, levels=(-4.0, -2.0, -1.0, 0.0, 1.0, 2.0, 4.0))
@@ -76,6 +93,14 @@ def expected(weight: Tensor, spec: QuantSpec) -> reference.Quantized:
 
         def quantize_group(group: list[float]) -> reference.Quantized:
             return reference.codebook_group(group, grid.levels, dtype, symmetric=grid.is_symmetric)
+    elif isinstance(grid, ResidualGrid):
+
+        def quantize_group(group: list[float]) -> reference.Quantized:
+            return reference.residual_group(group, dtype, refine=spec.refine, tied=grid.is_tied)
+    elif isinstance(grid, TernaryGrid):
+
+        def quantize_group(group: list[float]) -> reference.Quantized:
+            return reference.ternary_group(group, dtype)
     else:
 
         def quantize_group(group: list[float]) -> reference.Quantized:
@@ -99,7 +124,8 @@ def assert_matches_reference(weight: Tensor, spec: QuantSpec) -> None:
     codes = quantize(weight, params, spec)
     assert params.scale.dtype == spec.scale_dtype
     assert same_bits(params.scale.float(), wanted.scale)
-    for got, want in ((params.zero_point, wanted.zero_point), (params.scale_negative, wanted.scale_negative)):
+    assert params._fields == wanted._fields[2:]
+    for got, want in zip(params[1:], wanted[3:], strict=True):
         assert (got is None) == (want is None)
         assert got is None or same_bits(got.float(), want)
     assert codes.tolist() == wanted.codes

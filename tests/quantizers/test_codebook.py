@@ -15,6 +15,7 @@ from bitdistiller_peft.quantizers import QuantSpec, dequantize, fake_quantize, f
 from bitdistiller_peft.quantizers.codebook import CodebookQuantizer
 from tests.quantizers.samples import (
     FP3,
+    GRIDS,
     LOPSIDED,
     SCALE_DTYPES,
     assert_matches_reference,
@@ -27,8 +28,8 @@ from tests.quantizers.samples import (
     widest_gap,
 )
 
-CODEBOOKS = [get_grid(name, bits) for name in ("nf", "nf_sym") for bits in (2, 3, 4)] + [FP3, LOPSIDED]
-each_codebook = pytest.mark.parametrize("grid", CODEBOOKS, ids=lambda grid: f"{grid.name}{grid.bits}")
+CODEBOOKS = [get_grid(name, bits) for name, bits in GRIDS if name.startswith(("nf", "fp"))] + [FP3, LOPSIDED]
+each_codebook = pytest.mark.parametrize("grid", CODEBOOKS, ids=lambda grid: f"{grid.name}-{grid.bits}")
 each_group_size = pytest.mark.parametrize("group_size", [-1, 6, "tensor"])
 
 codebook_specs = st.builds(
@@ -72,7 +73,7 @@ def test_odd_widths_are_as_the_reference_says(grid: object, width: int, group_si
         ("float32", 1e-34),
     ],
 )
-@pytest.mark.parametrize("name", ["nf", "nf_sym"])
+@pytest.mark.parametrize("name", ["nf", "nf_sym", "fp", "fp_sym"])
 def test_huge_and_small_groups_are_as_the_reference_says(name: str, scale_dtype: str, size: float) -> None:
     weight = normal(2, 64).clamp(-1, 1) * size
     assert_matches_reference(weight, QuantSpec.create(name, 4, group_size=-1, scale_dtype=scale_dtype))

@@ -20,6 +20,7 @@ from bitdistiller_peft.quantizers import (
     store_learned_params,
 )
 from tests.quantizers.samples import (
+    WIDTHS,
     assert_matches_reference,
     each_grid,
     each_scale_dtype,
@@ -39,12 +40,7 @@ def round_trip(weight: Tensor, spec: QuantSpec) -> Tensor:
 
 def learned_from(params: QuantParams) -> dict[str, Tensor | None]:
     """Parameters as training keeps them: fp32, zero points too."""
-    zero_point, negative = params.zero_point, params.scale_negative
-    return {
-        "scale": params.scale.float(),
-        "zero_point": None if zero_point is None else zero_point.float(),
-        "scale_negative": None if negative is None else negative.float(),
-    }
+    return {name: None if tensor is None else tensor.float() for name, tensor in params._asdict().items()}
 
 
 @each_grid
@@ -66,7 +62,7 @@ def test_training_with_learned_parameters_sees_exactly_what_is_packed(grid: str,
     learned["scale"] = learned["scale"] * 1.01  # and no longer a number of the storage dtype
     if learned["zero_point"] is not None:
         learned["zero_point"] = learned["zero_point"] + 0.3
-    params = store_learned_params(*learned.values(), spec)
+    params = store_learned_params(QuantParams(**learned), spec)
     codes = quantize(weight, params, spec)
     assert torch.equal(fake_quantize(weight, spec, **learned), dequantize(codes, params, spec))
 
@@ -87,7 +83,7 @@ def test_codes_are_in_range(weight: Tensor, spec: QuantSpec) -> None:
 @given(weight=matrices, other=matrices, spec=specs)
 def test_codes_are_in_range_under_parameters_of_another_weight(weight: Tensor, other: Tensor, spec: QuantSpec) -> None:
     rows = min(len(weight), len(other))
-    params = store_learned_params(*learned_from(find_params(other[:rows], spec)).values(), spec)
+    params = store_learned_params(QuantParams(**learned_from(find_params(other[:rows], spec))), spec)
     assert quantize(weight[:rows] * 1e6, params, spec).int().max() < spec.grid.num_levels
 
 
@@ -95,10 +91,12 @@ def test_codes_are_in_range_under_parameters_of_another_weight(weight: Tensor, o
 def test_quantizing_the_quantized_gives_the_same_codes(weight: Tensor, spec: QuantSpec) -> None:
     params = find_params(weight, spec)
     codes = quantize(weight, params, spec)
-    assert torch.equal(quantize(dequantize(codes, params, spec), params, spec), codes)
+    again = quantize(dequantize(codes, params, spec), params, spec)
+    assert torch.equal(dequantize(again, params, spec), dequantize(codes, params, spec))
+    assert spec.grid.name == "r2q" or torch.equal(again, codes)  # where a scale of it is 0, two codes mean the same
 
 
-@given(weight=matrices, spec=specs)
+@given(weight=matrices, spec=specs.filter(lambda spec: spec.grid.name != "r2q"))  # which has no level zero
 def test_zero_stays_zero(weight: Tensor, spec: QuantSpec) -> None:
     values = fake_quantize(weight, spec)[weight == 0]
     assert not bool(values.any())
@@ -118,7 +116,7 @@ def test_rows_may_be_shuffled(weight: Tensor, spec: QuantSpec, seed: int) -> Non
 
 @given(weight=matrices, bits=st.sampled_from([2, 3, 4]), exponent=st.integers(-3, 3))
 def test_a_power_of_two_passes_through(weight: Tensor, bits: int, exponent: int) -> None:
-    for grid in ("int", "int_sym", "nf", "nf_sym"):
+    for grid in (name for name, widths in WIDTHS.items() if bits in widths):
         spec = QuantSpec.create(grid, bits, group_size=6, scale_dtype="float32")
         assert torch.equal(fake_quantize(weight * 2.0**exponent, spec), fake_quantize(weight, spec) * 2.0**exponent)
 
@@ -192,7 +190,7 @@ def test_values_are_fp32_whatever_the_weight_is() -> None:
 def test_a_learned_scale_below_the_smallest_is_stored_as_the_smallest(scale: float, scale_dtype: str) -> None:
     spec = QuantSpec.create("nf", 3, group_size=-1, scale_dtype=scale_dtype)
     learned = torch.tensor([[scale if scale <= 0 or scale_dtype == "float16" else 0.0]])
-    params = store_learned_params(learned, None, learned, spec)
+    params = store_learned_params(QuantParams(learned, scale_negative=learned), spec)
     tiny = torch.finfo(spec.scale_dtype).tiny
     assert params.scale.item() == params.scale_negative.item() == tiny
     assert params.scale.dtype == spec.scale_dtype
@@ -204,17 +202,17 @@ def test_a_learned_zero_point_is_stored_as_the_nearest_allowed_integer() -> None
     learned = torch.tensor([[-2.0, 0.5, 1.5, 1.6, 9.0]])
     scale = torch.ones_like(learned)
     spec = QuantSpec.create("int", 2, group_size=1)
-    stored = store_learned_params(scale, learned, None, spec).zero_point
+    stored = store_learned_params(QuantParams(scale, learned), spec).zero_point
     assert stored.tolist() == [[0, 0, 2, 2, 3]]
     assert stored.dtype == torch.uint8
     bounded = QuantSpec.create("int", 2, group_size=1, zero_point_range=(1, 2))
-    assert store_learned_params(scale, learned, None, bounded).zero_point.tolist() == [[1, 1, 2, 2, 2]]
+    assert store_learned_params(QuantParams(scale, learned), bounded).zero_point.tolist() == [[1, 1, 2, 2, 2]]
 
 
 def test_a_zero_point_that_is_not_learned_is_taken_as_it_is() -> None:
     spec = QuantSpec.create("int", 2, group_size=-1)
     fixed = torch.tensor([[1]], dtype=torch.uint8)
-    assert torch.equal(store_learned_params(torch.ones(1, 1), fixed, None, spec).zero_point, fixed)
+    assert torch.equal(store_learned_params(QuantParams(torch.ones(1, 1), fixed), spec).zero_point, fixed)
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals

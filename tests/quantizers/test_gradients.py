@@ -2,76 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.grids import AffineGrid, CodebookGrid
+from bitdistiller_peft.grids import AffineGrid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.quantizers import QuantSpec, fake_quantize, find_params
-from tests.quantizers.samples import FP3, GRIDS, LOPSIDED, each_grid, normal
+from tests.quantizers.samples import GRIDS, LOPSIDED, RESIDUAL_OPTIONS, each_grid, normal
+from tests.reference.fake_quantize import Params, formula
 
 SPECS = [QuantSpec.create(grid, bits, group_size=16, scale_dtype="float32") for grid, bits in GRIDS]
-SPECS += [QuantSpec(grid, 16, torch.float32) for grid in (FP3, LOPSIDED)]
-each_spec = pytest.mark.parametrize("spec", SPECS, ids=lambda spec: f"{spec.grid.name}{spec.grid.bits}")
-
-Params = dict[str, Tensor]
+SPECS += [QuantSpec(LOPSIDED, 16, torch.float32)]
+SPECS += [QuantSpec.create("r2q", 2, group_size=16, scale_dtype="float32", **options) for options in RESIDUAL_OPTIONS]
 
 
-# ------------------------------------------------------------------ the formula, written for autograd to differentiate
+def name_of(spec: QuantSpec) -> str:
+    is_tied = "-tied" if isinstance(spec.grid, ResidualGrid) and spec.grid.is_tied else ""
+    return f"{spec.grid.name}{spec.grid.bits}{is_tied}" + (f"-{spec.refine}" if spec.refine else "")
 
 
-def straight_through(exact: Tensor, rounded: Tensor) -> Tensor:
-    return exact + (rounded - exact).detach()
-
-
-def affine(groups: Tensor, scale: Tensor, zero_point: Tensor, top: int) -> Tensor:
-    steps = groups / scale
-    codes = (straight_through(steps, steps.round()) + zero_point).clamp(0, top)
-    return scale * (codes - zero_point)
-
-
-def codebook(groups: Tensor, positive: Tensor, negative: Tensor, grid: CodebookGrid) -> Tensor:
-    scale = torch.where(groups < 0, negative, positive)
-    x = (groups / scale).clamp(grid.levels[0], grid.levels[-1])
-    levels = torch.tensor(grid.levels, dtype=torch.float64)
-    nearest = levels[(x.unsqueeze(-1) - levels).abs().argmin(-1)]
-    return scale * straight_through(x, nearest)
-
-
-def min_max(groups: Tensor, spec: QuantSpec) -> Params:
-    """The parameters as functions of the weights; zero points are integers and carry no gradient."""
-    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
-    if isinstance(spec.grid, CodebookGrid):
-        positive, negative = high / spec.grid.levels[-1], low / spec.grid.levels[0]
-        if spec.grid.is_symmetric:
-            positive = negative = torch.maximum(positive, negative)
-        return {"scale": positive, "scale_negative": negative}
-    top = spec.grid.num_levels - 1
-    if not spec.grid.has_zero_point:
-        return {"scale": 2 * torch.maximum(high, -low) / top, "zero_point": torch.tensor((top + 1) / 2)}
-    scale = (high - low) / top
-    zero_point = (-low / scale).round().detach()
-    if spec.zero_point_range is not None:
-        zero_point = zero_point.clamp(*spec.zero_point_range)
-        scale = torch.maximum(high / (top - zero_point), -low / zero_point)
-    return {"scale": scale, "zero_point": zero_point}
-
-
-def formula(weight: Tensor, spec: QuantSpec, params: Params | None = None) -> Tensor:
-    """Fake quantization in fp64, each weight `[out, in]`; learned parameters are fp64 `[out, groups]`."""
-    groups = weight.reshape(weight.shape[0], -1, spec.group_size)
-    if params is None:
-        chosen = min_max(groups, spec)
-        if spec.gradient == "ste":
-            chosen = {name: tensor.detach() for name, tensor in chosen.items()}
-    else:
-        chosen = {name: tensor.unsqueeze(-1) for name, tensor in params.items()}
-    if isinstance(spec.grid, CodebookGrid):
-        negative = chosen.get("scale_negative", chosen["scale"])
-        return codebook(groups, chosen["scale"], negative, spec.grid).reshape(weight.shape)
-    top = spec.grid.num_levels - 1
-    zero_point = chosen.get("zero_point", torch.tensor((top + 1) / 2, dtype=torch.float64))
-    return affine(groups, chosen["scale"], zero_point, top).reshape(weight.shape)
+each_spec = pytest.mark.parametrize("spec", SPECS, ids=name_of)
 
 
 # ------------------------------------------------------------------------------------------------------------- helpers
@@ -104,7 +56,7 @@ def weights_with_both_extremes(spec: QuantSpec) -> Tensor:
     weight = normal(6, 32).clamp(-1.9, 1.9)
     weight[1], weight[2] = weight[1].abs() + 0.01, -weight[2].abs() - 0.01
     weight[3] *= torch.where(weight[3] > 0, 4.0, 1.0)
-    if isinstance(spec.grid, AffineGrid) and not spec.grid.has_zero_point:
+    if isinstance(spec.grid, AffineGrid) and not isinstance(spec.grid, TernaryGrid) and not spec.grid.has_zero_point:
         extreme = (spec.grid.num_levels - 1) / 2  # two steps of 2**k each to its half
         weight = weight / 8 * extreme
         weight[:, 0], weight[:, 16] = extreme, -extreme
@@ -117,6 +69,8 @@ def learned(spec: QuantSpec, shrink: float) -> Params:
     params = {"scale": found.scale * shrink}
     if found.scale_negative is not None:
         params["scale_negative"] = found.scale_negative * shrink
+    if found.scale_residual is not None:
+        params["scale_residual"] = found.scale_residual * shrink
     if found.zero_point is not None:
         params["zero_point"] = found.zero_point.float()
     return params
@@ -132,7 +86,7 @@ def test_the_exact_gradient_follows_minimum_and_maximum(spec: QuantSpec) -> None
 
 @each_spec
 def test_the_straight_through_gradient_does_not(spec: QuantSpec) -> None:
-    spec = QuantSpec(spec.grid, spec.group_size, spec.scale_dtype, gradient="ste")
+    spec = dataclasses.replace(spec, gradient="ste")
     (grad,) = assert_gradients_agree(weights_with_both_extremes(spec), spec)
     upstream = normal(*grad.shape, seed=9)
     assert bool(((grad == upstream) | (grad == 0)).all())
@@ -163,7 +117,7 @@ def test_learned_parameters_get_the_gradient_of_lsq(spec: QuantSpec, shrink: flo
     assert bool((grads[1] != 0).any())
 
 
-@each_spec
+@pytest.mark.parametrize("spec", [spec for spec in SPECS if spec.grid.name != "r2q"], ids=name_of)  # nothing is clamped
 def test_clamped_weights_get_no_gradient(spec: QuantSpec) -> None:
     params = learned(spec, 0.5)
     weight = torch.full((6, 32), 0.01)

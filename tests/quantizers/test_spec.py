@@ -63,6 +63,7 @@ def test_found_parameters_have_the_shape_that_the_spec_says(grid: str, bits: int
         assert {tuple(tensor.shape) for tensor in params if tensor is not None} == {spec.param_shape(weight.shape)}
         assert (params.zero_point is not None) == spec.grid.has_zero_point
         assert (params.scale_negative is not None) == spec.grid.has_negative_scale
+        assert (params.scale_residual is not None) == spec.grid.has_residual_scale
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,10 @@ def test_found_parameters_have_the_shape_that_the_spec_says(grid: str, bits: int
         {"grid": "int_sym"},
         {"grid": "nf"},
         {"grid": "nf_sym"},
+        {"grid": "fp", "bits": 3},
+        {"grid": "fp_sym", "bits": 3},
+        {"grid": "ternary"},
+        {"grid": "r2q"},
         {"bits": 3},
         {"group_size": 8},
         {"group_size": -1},
@@ -143,5 +148,5 @@ def test_a_wrong_setting_is_refused_by_name_with_a_way_out(wrong: dict[str, obje
 
 
 def test_an_unknown_grid_is_an_unknown_name() -> None:
-    with pytest.raises(UnknownNameError, match=r"`grid` must be one of \['int', 'int_sym', 'nf', 'nf_sym'.*\]"):
+    with pytest.raises(UnknownNameError, match=r"`grid` must be one of \['fp', 'fp_sym', 'int', .*\]"):
         get_grid("nonsense", 2)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from fractions import Fraction
-from math import ceil, floor, frexp, inf
+from math import ceil, floor, frexp, fsum, inf
 from typing import NamedTuple
 
 Rows = Sequence[Sequence[float]]
@@ -27,6 +27,7 @@ class Quantized(NamedTuple):
     scale: object
     zero_point: object = None
     scale_negative: object = None
+    scale_residual: object = None
 
 
 def f32(value: float) -> float:
@@ -41,16 +42,16 @@ def f32_bits(value: float) -> int:
 # ------------------------------------------------------------------------------------------------------------- scales
 
 
-def in_ulps(value: float, dtype: str) -> tuple[Fraction, Fraction]:
-    """How many steps of the format's spacing a number is, and that spacing."""
+def in_ulps(value: float, dtype: str, spare_bits: int = 0) -> tuple[Fraction, Fraction]:
+    """How many steps of the format's spacing a number is, and that spacing, with some last digits left unused."""
     exponent = max(frexp(value)[1] - 1, MIN_EXPONENT[dtype])
-    ulp = Fraction(2) ** (exponent - DIGITS[dtype] + 1)
+    ulp = Fraction(2) ** (exponent - DIGITS[dtype] + spare_bits + 1)
     return abs(Fraction(value)) / ulp, ulp
 
 
-def store_up(value: float, dtype: str) -> float:
+def store_up(value: float, dtype: str, spare_bits: int = 0) -> float:
     """The smallest number of the format that is not below a value ``>= 0``; infinity where there is none."""
-    steps, ulp = in_ulps(value, dtype)
+    steps, ulp = in_ulps(value, dtype, spare_bits)
     stored = ceil(steps) * ulp
     return float(stored) if stored < Fraction(2) ** (MAX_EXPONENT[dtype] + 1) else inf
 
@@ -152,6 +153,62 @@ def codebook_group(group: Sequence[float], levels: Sequence[float], dtype: str, 
     return Quantized(codes, values, positive, None, None if symmetric else negative)
 
 
+# -------------------------------------------------------------------------------------------------- ternary, residual
+
+
+def mean(values: Sequence[float]) -> float:
+    return fsum(values) / len(values)
+
+
+def ternary_group(group: Sequence[float], dtype: str) -> Quantized:
+    """BitNet's absmean: round to the nearest of -1, 0 and 1 means."""
+    scale = store_up(f32(mean([abs(weight) for weight in group])) or 1.0, dtype)
+    codes = [min(max(round(f32(weight / scale)), -1), 1) + 1 for weight in group]
+    return Quantized(codes, [f32(scale * (code - 1)) for code in codes], scale)
+
+
+def residual_code(weight: float, scale: float, residual: float) -> int:
+    """The sign of the weight for the larger scale, the sign of what that leaves for the other; zero is positive."""
+    is_swapped = residual > scale
+    larger = Fraction(residual if is_swapped else scale)
+    first = weight >= 0
+    second = Fraction(weight) - (larger if first else -larger) >= 0
+    return 2 * second + first if is_swapped else 2 * first + second
+
+
+def residual_value(code: int, scale: float, residual: float) -> float:
+    return f32((scale if code >= 2 else -scale) + (residual if code % 2 else -residual))
+
+
+def residual_scales(group: Sequence[float], dtype: str, refine: str | None, tied: bool) -> tuple[float, float]:
+    """Greedy scales, then as many rounds of least squares for the nearest codes as `refine` says."""
+    spare = 2 if tied else 0
+    magnitudes = [abs(weight) for weight in group]
+    first = f32(mean(magnitudes)) or (2.0 ** MIN_EXPONENT[dtype] if tied else 1.0)
+    scale = store_up(first, dtype, spare)
+    residual = scale / 2 if tied else store_up(f32(mean([abs(f32(u - scale)) for u in magnitudes])), dtype)
+    for _ in range({None: 0, "least_squares": 1, "alternating": 3}[refine]):
+        outer = [abs(w) for w in group if residual_code(w, scale, residual) in (0, 3)]
+        inner = [abs(w) for w in group if residual_code(w, scale, residual) in (1, 2)]
+        if tied and any(magnitudes):
+            # the least of sum (u - c * a)^2, with c = 3/2 for outer and 1/2 for inner weights
+            best = (1.5 * fsum(outer) + 0.5 * fsum(inner)) / (2.25 * len(outer) + 0.25 * len(inner))
+            scale = store_up(f32(best), dtype, spare)
+            residual = scale / 2
+        elif not tied and outer and inner:
+            # the least of sum (u - a1 -+ a2)^2: both levels are the means of their weights
+            high, low = mean(outer), mean(inner)
+            scale, residual = store_up(f32((high + low) / 2), dtype), store_up(f32((high - low) / 2), dtype)
+    return scale, residual
+
+
+def residual_group(group: Sequence[float], dtype: str, *, refine: str | None = None, tied: bool = False) -> Quantized:
+    scale, residual = residual_scales(group, dtype, refine, tied)
+    codes = [residual_code(weight, scale, residual) for weight in group]
+    values = [residual_value(code, scale, residual) for code in codes]
+    return Quantized(codes, values, scale, scale_residual=None if tied else residual)
+
+
 # ----------------------------------------------------------------------------------------------------------- matrices
 
 
@@ -170,7 +227,7 @@ def quantize_matrix(rows: Rows, group_size: int | str, quantize_group) -> Quanti
     done = [[quantize_group(row[start : start + size]) for start in range(0, width, size)] for row in rows]
     codes = [[code for group in row for code in group.codes] for row in done]
     values = [[value for group in row for value in group.values] for row in done]
-    params = [[[group[field] for group in row] for row in done] for field in (2, 3, 4)]
+    params = [[[group[field] for group in row] for row in done] for field in (2, 3, 4, 5)]
     return Quantized(codes, values, *(None if param[0][0] is None else param for param in params))
 
 

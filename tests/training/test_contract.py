@@ -171,5 +171,34 @@ def test_accelerate_leaves_objects_alone_that_it_does_not_know() -> None:
     assert convert_outputs_to_fp32(lambda: {"x": Holder.hidden})()["x"].dtype == torch.float32
 
 
+def test_a_callback_can_have_a_step_saved_and_the_run_stopped_whatever_the_save_strategy(
+    bases: Path, tmp_path: Path
+) -> None:
+    seen: list[tuple[int, bool]] = []
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+            control.should_save = control.should_training_stop = True
+
+        def on_save(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            seen.append((state.global_step, (folder / "optimizer.pt").exists()))  # everything is there by then
+
+    run = helpers.trainer(helpers.student(bases), tmp_path, max_steps=5, save_strategy="no")
+    run.add_callback(Stops())
+    run.train()
+    assert seen == [(1, True)]
+    assert run.state.global_step == 1
+
+
+def test_transformers_goes_on_without_optimizer_state_and_says_nothing(bases: Path, tmp_path: Path) -> None:
+    # the reason for `resumable`; once this fails, transformers may refuse by itself
+    settings = {"max_steps": 2, "save_strategy": "steps", "save_steps": 1, "save_only_model": True}
+    helpers.trainer(helpers.student(bases), tmp_path, **settings).train()
+    run = helpers.trainer(helpers.student(bases), tmp_path, **settings | {"max_steps": 3})
+    Trainer.train(run, resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert run.state.global_step == 3
+
+
 def test_reduce_without_other_ranks_returns_what_it_was_given() -> None:
     assert Accelerator(cpu=True).reduce(torch.tensor([1.0, 2.0]), reduction="sum").tolist() == [1.0, 2.0]

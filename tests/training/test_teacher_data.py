@@ -23,7 +23,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from bitdistiller_peft import BitDistillerConfig, BitDistillerQuantConfig, get_bitdistiller_model
 from bitdistiller_peft.errors import CheckpointError, ConfigError, DataError, StateError, TrainingError
 from bitdistiller_peft.training import data as data_module
-from bitdistiller_peft.training.data import fingerprint_weights, generate_teacher_data, load_teacher_data
+from bitdistiller_peft.training.data import generate_teacher_data, load_teacher_data
+from bitdistiller_peft.training.fingerprints import fingerprint_weights
 from bitdistiller_peft.training.teacher_data_prompts import prepare_prompts
 from bitdistiller_peft.training.teacher_data_sampling import GumbelSampler, Sampling, answer_batch
 from bitdistiller_peft.training.teacher_data_store import DATA_NAME, MANIFEST_NAME, PART_NAME

@@ -11,7 +11,7 @@ from torch import nn
 from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.training import SelfTeacher
 from bitdistiller_peft.training.forward import add_distill_forward, logits_of
-from bitdistiller_peft.training.teachers import full_precision
+from bitdistiller_peft.tuner import full_precision
 from tests import tiny
 from tests.training import helpers
 

@@ -35,7 +35,7 @@ def narrow(student: PeftModel, factor: float = 0.6) -> PeftModel:
     """Shrink every learned scale, so that weights are clamped and zero points have a gradient."""
     with torch.no_grad():
         for name, parameter in trainable(student).items():
-            if name.endswith(("weight_scale", "weight_scale_negative")):
+            if name.endswith(("weight_scale", "weight_scale_negative", "weight_scale_residual")):
                 parameter.mul_(factor)
     return student
 
@@ -50,6 +50,11 @@ KINDS = [
     {"grid": "int_sym", "bits": 4},
     {"grid": "nf", "bits": 3},
     {"grid": "nf_sym", "bits": 3},
+    {"grid": "fp", "bits": 3},
+    {"grid": "ternary"},
+    {"grid": "ternary", "learn_scale": False, "gradient": "ste"},
+    {"grid": "r2q"},
+    {"grid": "r2q", "learn_scale": False, "refine": "least_squares"},
     {"group_size": -1},
     {"train_other": "norms"},
     {"bits": 8},

@@ -133,6 +133,7 @@ KINDS = (
     {"bits": 3, "grid": "nf", "group_size": -1},
     {"bits": 4, "grid": "int_sym", "group_size": "tensor", "learn_scale": False},
     {"learn_zero_point": True, "zero_point_range": (1, 2)},
+    {"grid": "r2q", "refine": "alternating", "overrides": {"down_proj": {"tied": True, "refine": None}}},
     {"train_other": "norms", "overrides": {"down_proj": {"bits": 8}}},
     {"target_modules": r".*\.1\..*proj", "exclude_modules": ["o_proj"]},
     {"layers_to_transform": 1, "modules_to_save": ["lm_head"]},

@@ -1,0 +1,291 @@
+"""Packed layers on a CPU: one token from cold memory, batches, and greedy tokens per second of a whole model.
+
+Weights are read from copies that together exceed the caches, so each call finds its weight in memory. The kinds take
+turns, so that a slow moment of the machine falls on all of them; times are CPU seconds of the thread with one thread,
+wall seconds otherwise, and medians count. "Streaming" is the time to read as many bytes as the packed weight has,
+with the fastest loop at hand, from memory, in the same round.
+
+    python -m benchmarks.inference_cpu                        # one thread, 4096 x 4096 and 11008 x 4096
+    python -m benchmarks.inference_cpu --model PACKED --base FULL-PRECISION
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM
+
+from benchmarks._results import figure, table, write_results
+from bitdistiller_peft import use_backend
+from bitdistiller_peft.kernels import backend_info, packed_linear
+from bitdistiller_peft.kernels.cpu.library import isa, load
+from bitdistiller_peft.kernels.cpu.weights import Stream
+from bitdistiller_peft.layers import PackedLinear
+from bitdistiller_peft.layers.companions import packed_params
+from bitdistiller_peft.quantizers import QuantParams, QuantSpec
+
+SHAPES = ((4096, 4096), (11008, 4096))
+KINDS = (("int", 2), ("int", 3), ("int", 4), ("nf", 3))
+GROUP_SIZE = 128
+COLD_BYTES = 160 << 20  # more than the last-level cache holds
+ASKED = {"roof": 1.6, "speedup": {("int", 2): 8.0, ("int", 3): 5.0}, "batch": 1.3}
+
+
+class Packed(NamedTuple):
+    """Copies of a random packed weight, each with its own memory."""
+
+    spec: QuantSpec
+    words: list[Tensor]
+    params: QuantParams
+    stream_bytes: int
+    packed_bytes: int
+
+
+def random_packed(grid: str, bits: int, rows: int, cols: int) -> Packed:
+    """A weight of random codes: how fast it multiplies does not depend on them."""
+    spec = QuantSpec.create(grid, bits, group_size=GROUP_SIZE)
+    layer = PackedLinear(cols, rows, spec=spec)
+    generator = torch.Generator().manual_seed(0)
+    for tensor in layer.parameters():
+        if tensor.dtype == torch.int32:
+            tensor.data.random_(-(2**31), 2**31 - 1, generator=generator)
+        else:
+            tensor.data.uniform_(0.01, 0.02, generator=generator)
+    params = packed_params(layer, "weight")
+    packed_bytes = sum(tensor.nbytes for tensor in layer.parameters())
+    count = -(-COLD_BYTES // packed_bytes)
+    words = [layer.weight.data.clone() for _ in range(count)]
+    stream_bytes = _stream(words[0], params, spec, cols).data.nbytes
+    return Packed(spec, words, params, stream_bytes, packed_bytes)
+
+
+def _stream(words: Tensor, params: QuantParams, spec: QuantSpec, cols: int) -> Stream:
+    from bitdistiller_peft.kernels.cpu.ops import STREAMS, Layout
+
+    second = params.zero_point if params.zero_point is not None else params.scale_negative
+    layout = Layout(spec.grid.name, spec.grid.bits, GROUP_SIZE, "bitstream")
+    return STREAMS.get(words, params.scale, second, layout, cols)
+
+
+def kernel_only(made: Packed, words: Tensor, inputs: Tensor, library: ctypes.CDLL) -> float:
+    """Milliseconds of the C function alone, on a copy that is not in the caches: without Python and the operator."""
+    place = next(i for i, other in enumerate(made.words) if other is words) + len(made.words) // 3
+    stream = _stream(made.words[place % len(made.words)], made.params, made.spec, inputs.shape[1])
+    out = torch.empty(1, stream.struct.rows, dtype=inputs.dtype)
+    given = (stream.pointer, stream.address, inputs.data_ptr(), 1, None, out.data_ptr(), 1, isa())
+    return clock(lambda: library.bd_linear(*given, torch.get_num_threads()))
+
+
+def rotated(packed: dict[Any, Packed], turn: int) -> list[tuple[Any, Packed]]:
+    """Each kind comes first in its turn: the first one after a dense product finds the caches and tables of it."""
+    items = list(packed.items())
+    first = turn % len(items)
+    return items[first:] + items[:first]
+
+
+def clock(call: Callable[[], object]) -> float:
+    """Milliseconds of one call."""
+    now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = now()
+    call()
+    return (now() - start) * 1e3
+
+
+def one_token(rows: int, cols: int, rounds: int) -> list[dict[str, Any]]:
+    """Every kind of weight, one token, cold."""
+    library = load()
+    if library is None:
+        raise SystemExit("the CPU kernels cannot be compiled on this machine")
+    inputs = {dtype: torch.randn(1, cols).to(dtype) for dtype in (torch.bfloat16, torch.float32)}
+    dense = {
+        dtype: [torch.randn(rows, cols).to(dtype) for _ in range(-(-COLD_BYTES // (rows * cols * dtype.itemsize)))]
+        for dtype in inputs
+    }
+    packed = {kind: random_packed(*kind, rows, cols) for kind in KINDS}
+    for made in packed.values():
+        for words in made.words:
+            _stream(words, made.params, made.spec, cols)
+    memory = torch.ones(
+        COLD_BYTES, dtype=torch.uint8
+    )  # untouched zeros would all be one page, and never leave the cache
+    times: dict[Any, list[float]] = defaultdict(list)
+    for turn in range(rounds):
+        for dtype, weights in dense.items():
+            weight = weights[turn % len(weights)]
+            times[dtype].append(clock(lambda w=weight, d=dtype: F.linear(inputs[d], w)))  # type: ignore[misc]
+        for kind, made in rotated(packed, turn):
+            words = made.words[turn % len(made.words)]
+            for dtype in inputs:
+                call = lambda m=made, w=words, d=dtype: packed_linear(inputs[d], w, m.params, m.spec)  # noqa: E731
+                times[kind, dtype].append(clock(call))
+                # the two dtypes take turns on different copies
+                words = made.words[(turn + len(made.words) // 2) % len(made.words)]
+            times[kind, "kernel"].append(kernel_only(made, words, inputs[torch.bfloat16], library))
+            place = (turn * made.stream_bytes) % (COLD_BYTES - made.stream_bytes) // 64 * 64
+            address = ctypes.c_void_p(memory.data_ptr() + place)
+            size = made.stream_bytes // 8
+            times[kind, "read"].append(clock(lambda a=address, n=size: library.bd_read(a, n, isa())))  # type: ignore[misc]
+    return _one_token_rows(rows, cols, packed, times)
+
+
+def _one_token_rows(
+    rows: int, cols: int, packed: dict[Any, Packed], times: dict[Any, list[float]]
+) -> list[dict[str, Any]]:
+    middle = {key: statistics.median(values) for key, values in times.items()}
+    lines = []
+    for dtype in (torch.bfloat16, torch.float32):
+        name = str(dtype).removeprefix("torch.")
+        size = rows * cols * dtype.itemsize / 1e6
+        lines.append(_line(f"{rows}x{cols}", f"torch {name}", name, size, middle[dtype], 0.0, middle))
+        for kind, made in packed.items():
+            roof = middle[kind, dtype] / middle[kind, "read"]
+            label = f"{kind[0]}{kind[1]}"
+            lines.append(
+                _line(f"{rows}x{cols}", label, name, made.stream_bytes / 1e6, middle[kind, dtype], roof, middle)
+            )
+    for kind, made in packed.items():
+        ms = middle[kind, "kernel"]
+        label, roof = f"{kind[0]}{kind[1]} kernel alone", ms / middle[kind, "read"]
+        lines.append(_line(f"{rows}x{cols}", label, "bfloat16", made.stream_bytes / 1e6, ms, roof, middle))
+    return lines
+
+
+def _line(
+    shape: str, kind: str, dtype: str, size: float, ms: float, roof: float, middle: dict[Any, float]
+) -> dict[str, Any]:
+    return {
+        "shape": shape,
+        "weight": kind,
+        "inputs": dtype,
+        "tokens": 1,
+        "MB read": size,
+        "ms": ms,
+        "x streaming": roof,
+        "x faster than bf16": middle[torch.bfloat16] / ms,
+    }
+
+
+def batches(rows: int, cols: int, counts: list[int], rounds: int) -> list[dict[str, Any]]:
+    """Packed against torch's bf16 product for growing numbers of tokens; weights as cold as one round leaves them."""
+    packed = {kind: random_packed(*kind, rows, cols) for kind in KINDS[:3]}
+    weight = torch.randn(rows, cols).bfloat16()
+    lines = []
+    for count in counts:
+        inputs = torch.randn(count, cols).bfloat16()
+        times: dict[Any, list[float]] = defaultdict(list)
+        for turn in range(max(3, rounds // max(1, count // 16))):
+            times["dense"].append(clock(lambda: F.linear(inputs, weight)))  # noqa: B023
+            for kind, made in packed.items():
+                words = made.words[turn % 2]
+                call = lambda m=made, w=words: packed_linear(inputs, w, m.params, m.spec)  # noqa: E731, B023
+                times[kind].append(clock(call))
+        middle = {key: statistics.median(values[1:]) for key, values in times.items()}
+        for kind in packed:
+            lines.append(
+                {
+                    "shape": f"{rows}x{cols}",
+                    "weight": f"{kind[0]}{kind[1]}",
+                    "inputs": "bfloat16",
+                    "tokens": count,
+                    "MB read": packed[kind].stream_bytes / 1e6,
+                    "ms": middle[kind],
+                    "x streaming": 0.0,
+                    "x faster than bf16": middle["dense"] / middle[kind],
+                }
+            )
+    return lines
+
+
+def tokens_per_second(name: str, new_tokens: int, *, static: bool, compiled: bool) -> float:
+    """Greedy tokens per second of a saved model in bf16, the second of two runs."""
+    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).eval()
+    if compiled:
+        model.forward = torch.compile(model.forward)
+    prompt = torch.arange(16).reshape(1, 16)
+    options = {"cache_implementation": "static"} if static else {}
+    seconds = 0.0
+    for _ in range(2):
+        start = time.perf_counter()
+        with torch.inference_mode():
+            out = model.generate(
+                prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, **options
+            )
+        seconds = time.perf_counter() - start
+    return (out.shape[1] - prompt.shape[1]) / seconds
+
+
+def whole_model(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Packed and full-precision model, with the options that the command line names."""
+    return [
+        {
+            "model": kind,
+            "cache": "static" if args.static_cache else "dynamic",
+            "compiled": "yes" if args.compile else "no",
+            "tokens/s": tokens_per_second(name, args.new_tokens, static=args.static_cache, compiled=args.compile),
+        }
+        for kind, name in (("bf16", args.base), ("packed", args.model))
+    ]
+
+
+def summarise(rows: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures, with what was asked."""
+    figures = {}
+    for row in rows:
+        name, _, part = row["weight"].partition(" ")
+        key = "_".join([name, row["shape"], *part.split()])
+        if row["tokens"] == 1 and row["inputs"] == "bfloat16" and row["x streaming"]:
+            kind = (name[:-1], int(name[-1]))
+            asked = ASKED["speedup"].get(kind)  # type: ignore[attr-defined]
+            figures[f"{key}_speedup"] = figure(row["x faster than bf16"], "x bf16", at_least=asked)
+            figures[f"{key}_roof"] = figure(row["x streaming"], "x streaming", at_most=ASKED["roof"])  # type: ignore[arg-type]
+    sweep = [row for row in rows if not row["x streaming"] and not row["weight"].startswith("torch")]
+    for kind in sorted({row["weight"] for row in sweep}):
+        worst = max(1 / row["x faster than bf16"] for row in sweep if row["weight"] == kind)
+        figures[f"{kind}_slowest_batch"] = figure(worst, "x bf16's time", at_most=ASKED["batch"])  # type: ignore[arg-type]
+    if models:
+        figures["tokens_per_second_ratio"] = figure(
+            models[1]["tokens/s"] / models[0]["tokens/s"], "x bf16", at_least=1.5
+        )
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--shapes", nargs="*", default=[f"{r}x{c}" for r, c in SHAPES], help="ROWSxCOLUMNS")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 2048])
+    parser.add_argument("--model", help="a packed model's folder, for tokens per second")
+    parser.add_argument("--base", help="the same model in full precision")
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--static-cache", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    args = parser.parse_args()
+    if (args.model is None) != (args.base is None):
+        parser.error("--model and --base go together")
+    torch.set_num_threads(args.threads)
+    shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes]
+    with use_backend("cpu"), torch.inference_mode():
+        print(backend_info("cpu"))
+        rows = [row for shape in shapes for row in one_token(*shape, args.rounds)]
+        rows += batches(*shapes[0], args.tokens, args.rounds) if shapes and args.tokens else []
+        print(table(rows))
+        models = whole_model(args) if args.model else []
+        print(table(models))
+    figures = summarise(rows, models)
+    for name, value in figures.items():
+        print(f"{name}: {value['value']:.2f} {value['unit']}, asked: {value['asked'] or 'nothing'}")
+    print(f"written to {write_results('inference_cpu', [*rows, *models], figures)}")
+
+
+if __name__ == "__main__":
+    main()

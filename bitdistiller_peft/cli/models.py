@@ -1,0 +1,181 @@
+"""Load models and tokenizers as the verbs need them: full precision, student, packed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from bitdistiller_peft.cli.verb import Console, Settings
+from bitdistiller_peft.errors import BitDistillerError, CheckpointError, ConfigError
+
+ADAPTER = "adapter_config.json"
+
+
+def choose_device(settings: Settings, console: Console) -> str:
+    """The device to run on: the CPU where there is nothing else.
+
+    Raises:
+        ConfigError: a device that this machine does not have.
+    """
+    import torch
+
+    asked = settings["device"]
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    if asked == "auto":
+        if accelerator is None:
+            console.note("no accelerator found: running on the CPU.")
+            return "cpu"
+        return str(accelerator.type)
+    try:
+        kind = torch.device(asked).type
+    except RuntimeError:
+        raise ConfigError(f"`device` must be auto, cpu, cuda, cuda:0, ...: got device={asked!r}.") from None
+    if kind != "cpu" and (accelerator is None or kind != accelerator.type):
+        have = "cpu" if accelerator is None else f"cpu, {accelerator.type}"
+        raise ConfigError(f"`device` must be one that this machine has ({have}): got device={asked!r}.")
+    return str(asked)
+
+
+def seed_all(settings: Settings) -> None:
+    """Seed Python, NumPy and torch."""
+    from transformers import set_seed
+
+    set_seed(settings["seed"])
+
+
+def load_full_precision(settings: Settings, device: str) -> Any:
+    """The model of `model:`, as it was published.
+
+    Raises:
+        ConfigError: there is none of this name, or it is quantized.
+    """
+    return _load_plain(settings.need("model"), settings, device, key="model", revision=settings["revision"])
+
+
+def build_student(settings: Settings, device: str) -> Any:
+    """A fresh student of `model:`, rounded to nearest, as `quant:` says.
+
+    Raises:
+        ConfigError: a setting that cannot work.
+        TargetError, GroupSizeError: a layer does not suit; it is named.
+    """
+    from bitdistiller_peft.tuner import BitDistillerConfig, get_bitdistiller_model
+
+    values = {key: value for key, value in settings.section("quant").items() if value is not None}
+    config = BitDistillerConfig(**values)  # before the model is loaded
+    return get_bitdistiller_model(load_full_precision(settings, device), config)
+
+
+def load_any(source: str, settings: Settings, device: str, *, key: str = "model", is_trainable: bool = False) -> Any:
+    """A model in whatever state: full precision, packed, or a student's folder with its base model under it.
+
+    Args:
+        source: folder or Hub name.
+        settings: for dtype, verification, and the revision where `source` is `model:`.
+        device: where to put it.
+        key: what the source is called in messages.
+        is_trainable: load a student to go on training it.
+
+    Raises:
+        ConfigError: no such folder or name.
+        CheckpointError: the files are damaged.
+    """
+    source = model_folder(source)
+    if (Path(source) / ADAPTER).is_file():
+        return _load_student(Path(source), settings, device, is_trainable=is_trainable)
+    revision = settings["revision"] if source == settings["model"] else None
+    return _load_plain(source, settings, device, key=key, revision=revision)
+
+
+def model_folder(source: str, prefer: tuple[str, ...] = ("packed", "student")) -> str:
+    """The model in the folder of a command: that folder itself if it is one, else what it wrote there.
+
+    Args:
+        source: folder or Hub name.
+        prefer: subfolders to look at, in order.
+    """
+    folder = Path(source).expanduser()
+    for place in (folder, *(folder / name for name in prefer)):
+        if (place / "config.json").is_file() or (place / ADAPTER).is_file():
+            return str(place)
+    return source
+
+
+def load_tokenizer(*sources: str | None) -> Any:
+    """The tokenizer of the first source that has one.
+
+    Raises:
+        ConfigError: none has.
+    """
+    from transformers import AutoTokenizer
+
+    tried = [source for source in sources if source]
+    for source in tried:
+        if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
+            continue
+        try:
+            return AutoTokenizer.from_pretrained(source)
+        except (OSError, ValueError):
+            continue
+    raise ConfigError(f"a tokenizer must stand beside the model: found none in {tried}. Copy it there.")
+
+
+def base_of(folder: Path) -> str:
+    """The name of the full-precision model under a student's folder.
+
+    Raises:
+        CheckpointError: its adapter_config.json does not say.
+    """
+    try:
+        name = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / ADAPTER} must be readable JSON: {error}.") from None
+    if not isinstance(name, str) or not name:
+        raise CheckpointError(f"{folder / ADAPTER} must name its base model: got {name!r}. Pass --model.")
+    return name
+
+
+def source_of_tokenizer(source: str, settings: Settings) -> list[str | None]:
+    """Where to look for the tokenizer of a model, best first."""
+    found = model_folder(source)
+    base = base_of(Path(found)) if (Path(found) / ADAPTER).is_file() else None
+    return [found, base, settings["model"]]
+
+
+def _load_student(folder: Path, settings: Settings, device: str, *, is_trainable: bool) -> Any:
+    from peft import PeftModel
+
+    base = _load_plain(settings["model"] or base_of(folder), settings, device, key="model", revision=None)
+    return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
+
+
+def _load_plain(source: str, settings: Settings, device: str, *, key: str, revision: str | None) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise ConfigError(f"`{key}` must be a folder that exists, or a name on the Hub: got {source!r}.")
+    is_other = settings["eval.verify"] not in (None, "fast") and _is_ours(Path(source))
+    more = {"quantization_config": _verify(settings)} if is_other else {}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=settings["dtype"], revision=revision, **more)
+    except BitDistillerError:
+        raise
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConfigError(f"`{key}` must be a folder or a name on the Hub that can be read: {reason}") from None
+    return model.to(device)
+
+
+def _is_ours(folder: Path) -> bool:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == "bitdistiller"
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _verify(settings: Settings) -> Any:
+    from bitdistiller_peft.hub import BitDistillerQuantConfig
+
+    return BitDistillerQuantConfig(verify=settings["eval.verify"] or "fast")

@@ -1,0 +1,138 @@
+"""Output folders: what is in them, whose they are, and what is written beside every result."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bitdistiller_peft._version import library_version
+from bitdistiller_peft.cli.schema import SECTIONS
+from bitdistiller_peft.cli.verb import Settings
+from bitdistiller_peft.errors import ConfigError
+
+RESOLVED = "resolved.yaml"
+RESULT = "result.json"
+_FREE = {"output", "device", "distill.resume", "distill.report_to", "distill.logging_steps", "distill.save_steps"}
+"""Settings that may differ when a command is taken up again: they do not change what comes out."""
+
+
+def resolved(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
+    """All settings that a command depends on, nested as in YAML; the output folder is where they are written."""
+    tree: dict[str, Any] = {}
+    for name in sections:
+        if name:
+            values = settings.section(name)
+            tree[name] = {key: values[key] for key in values if values[key] is not None}
+        else:
+            names = [option.name for option in SECTIONS[""].options if option.name != "output"]
+            tree |= {key: settings[key] for key in names if settings[key] is not None}
+    return tree
+
+
+def resolved_text(settings: Settings, sections: Sequence[str], arguments: dict[str, Any] | None = None) -> str:
+    """The YAML that is written beside a result, and works as --config."""
+    from bitdistiller_peft.cli.yamlfile import dump_yaml
+
+    words = "".join(f"\n#   {key}: {value}" for key, value in (arguments or {}).items() if value is not None)
+    head = f"# bitdistiller {settings.verb}, bitdistiller_peft {library_version()}. Works as --config.{words}\n"
+    return head + dump_yaml(resolved(settings, sections))
+
+
+def begin(
+    folder: Path, settings: Settings, sections: Sequence[str], arguments: dict[str, Any] | None = None
+) -> dict[str, Any] | None:
+    """Claim an output folder.
+
+    Args:
+        folder: new, empty, or left by the same command with the same settings, finished or not.
+        settings: of the command.
+        sections: those that the result depends on.
+        arguments: what else it depends on.
+
+    Returns:
+        The result that stands there already, or `None` if there is work to do.
+
+    Raises:
+        ConfigError: the folder holds something else; nothing is overwritten.
+    """
+    check(folder, settings, sections, arguments)
+    result = folder / RESULT
+    if result.is_file():
+        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
+        return found
+    if not settings.is_dry_run:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / RESOLVED, resolved_text(settings, sections, arguments))
+    return None
+
+
+def finish(folder: Path, result: dict[str, Any]) -> dict[str, Any]:
+    """Write the result, last of all: its presence says that everything else is there."""
+    write_atomically(folder / RESULT, json.dumps(result, indent=1, ensure_ascii=False, default=str) + "\n")
+    return result
+
+
+def check(folder: Path, settings: Settings, sections: Sequence[str], arguments: dict[str, Any] | None = None) -> None:
+    """Refuse a folder that holds something else.
+
+    Raises:
+        ConfigError: it does; what differs is named.
+    """
+    if not folder.exists():
+        return
+    if not folder.is_dir():
+        raise ConfigError(f"`output` must be a folder: got the file {str(folder)!r}.")
+    if not any(folder.iterdir()):
+        return
+    there = folder / RESOLVED
+    if not there.is_file():
+        raise ConfigError(
+            f"`output` must be a new or empty folder, or one of this command: got {str(folder)!r}, which holds other "
+            "files. Choose another folder; nothing is overwritten."
+        )
+    text = resolved_text(settings, sections, arguments)
+    differences = _differences(there.read_text(encoding="utf-8"), text, there)
+    if differences:
+        raise ConfigError(
+            f"`output` must hold this very command's files, or nothing: in {str(folder)!r}, {'; '.join(differences)}. "
+            "Choose another folder, or delete that one."
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _differences(was: str, now: str, path: Path) -> list[str]:
+    """What two resolved files do not agree in: settings, and the arguments in their heads."""
+    from bitdistiller_peft.cli.yamlfile import parse_yaml, plain
+
+    before, after = ({**_flat(plain(parse_yaml(text, path))), **_head(text)} for text in (was, now))
+    return [
+        f"{key} was {before.get(key)!r}, is {after.get(key)!r}"
+        for key in sorted(before.keys() | after.keys())
+        if key not in _FREE and before.get(key) != after.get(key)
+    ]
+
+
+def _head(text: str) -> dict[str, str]:
+    lines = text.splitlines()
+    verb = {"command": lines[0].split(",")[0].removeprefix("# bitdistiller ")} if lines else {}
+    words = [line.removeprefix("#   ").partition(": ") for line in lines if line.startswith("#   ")]
+    return {**verb, **{key: value for key, _, value in words}}
+
+
+def _flat(tree: dict[str, Any]) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and key in SECTIONS:
+            flat |= {f"{key}.{name}": inner for name, inner in value.items()}
+        else:
+            flat[key] = value
+    return flat

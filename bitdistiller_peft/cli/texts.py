@@ -1,0 +1,157 @@
+"""Text, prompts and training data from files, or under two names that need none."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from bitdistiller_peft.errors import DataError
+
+NAMED = ("python-topics", "wikitext2")
+HUB_TEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+TABLES = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def load_texts(sources: list[str], part: str) -> list[str]:
+    """Load texts, in the order given.
+
+    Args:
+        sources: text files, tables with a column ``text``, ``"wikitext2"`` or ``"python-topics"``.
+        part: ``"calibration"`` or ``"evaluation"``: the named texts have a part for each, without overlap.
+
+    Raises:
+        DataError: a source is no such file.
+    """
+    return [text for source in sources for text in _load(source, part)]
+
+
+def load_prompts(source: str, prompt_format: str, *, has_template: bool, max_prompts: int | None) -> list[Any]:
+    """Load prompts: texts to continue, or lists of messages to answer.
+
+    Args:
+        source: a .txt file with a prompt per line, or a table with a column ``prompt`` or ``messages``.
+        prompt_format: ``"chat"`` makes a user's message of every text, ``"text"`` leaves it; ``"auto"`` looks at the
+            tokenizer.
+        has_template: whether the tokenizer has a chat template.
+        max_prompts: use only that many.
+
+    Raises:
+        DataError: there is no such file, or it holds no prompts.
+    """
+    path = _existing(source, "generate.prompts")
+    if path.suffix in TABLES:
+        prompts = [_prompt_of(row, path) for row in read_table(path)]
+    else:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not prompts:
+        raise DataError(f"`prompts` must hold a prompt per line: got none in {source!r}.")
+    is_chat = prompt_format == "chat" or (prompt_format == "auto" and has_template)
+    if is_chat:
+        prompts = [[{"role": "user", "content": p}] if isinstance(p, str) else p for p in prompts]
+    return prompts[:max_prompts]
+
+
+def load_training_data(source: str) -> Any:
+    """Load what the student learns on, as a `datasets.Dataset`.
+
+    Args:
+        source: a folder from `bitdistiller generate`, a table as TRL takes it, or a text file, of which every
+            paragraph is an example.
+
+    Raises:
+        DataError: there is no such file or folder.
+    """
+    from datasets import Dataset
+
+    from bitdistiller_peft.training import load_teacher_data
+
+    path = _existing(source, "distill.data")
+    if path.is_dir():
+        return load_teacher_data(path)
+    if path.suffix in TABLES:
+        return Dataset.from_list(list(read_table(path)))
+    paragraphs = [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n")]
+    return Dataset.from_dict({"text": [part for part in paragraphs if part]})
+
+
+def read_table(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a .jsonl, .json, .csv or .parquet file.
+
+    Raises:
+        DataError: a line is no JSON object; it is named.
+    """
+    match path.suffix:
+        case ".jsonl":
+            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+                if line.strip():
+                    yield _row(line, f"{path}, line {number}")
+        case ".json":
+            rows = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise DataError(f"{path} must hold a list of objects. Or use .jsonl, an object per line.")
+            yield from rows
+        case _:
+            from datasets import Dataset
+
+            read = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
+            yield from read(str(path))
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataError(f"{where}: must be a JSON object: {error}.") from None
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: must be a JSON object: got {type(row).__name__}.")
+    return row
+
+
+def _prompt_of(row: dict[str, Any], path: Path) -> Any:
+    if "prompt" in row:
+        return row["prompt"]
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{path} must have a column 'prompt' or 'messages': got {sorted(row)}.")
+    return messages[:-1] if messages[-1].get("role") == "assistant" else messages
+
+
+def _existing(source: str, name: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.exists():
+        raise DataError(f"`{name}` must be a file that exists: got {source!r}.")
+    return path
+
+
+def _load(source: str, part: str) -> list[str]:
+    if source == "python-topics":
+        return _python_topics(part)
+    if source == "wikitext2":
+        return _wikitext2(part)
+    path = Path(source).expanduser()
+    if not path.is_file():
+        raise DataError(f"a text must be a file that exists, or one of {list(NAMED)}: got {source!r}.")
+    if path.suffix not in TABLES:
+        return [path.read_text(encoding="utf-8")]
+    rows = list(read_table(path))
+    if not all(isinstance(row.get("text"), str) for row in rows):
+        raise DataError(f"{source} must have a column 'text' in every row.")
+    return [row["text"] for row in rows]
+
+
+def _python_topics(part: str) -> list[str]:
+    """The English that every CPython carries: its help topics, every third one for evaluation."""
+    import pydoc_data.topics
+
+    topics = sorted(set(pydoc_data.topics.topics.values()), key=lambda text: (len(text), text))
+    chosen = [text for index, text in enumerate(topics) if (index % 3 == 0) == (part == "evaluation")]
+    return chosen[::-1]
+
+
+def _wikitext2(part: str) -> list[str]:
+    from datasets import load_dataset
+
+    rows = load_dataset(*HUB_TEXT, split="test" if part == "evaluation" else "train")["text"]
+    return list(rows) if part == "evaluation" else ["".join(rows)]

@@ -1,0 +1,94 @@
+"""`bitdistiller calibrate`: fit a student to a calibration text; with --pack, that is all a packed model needs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from bitdistiller_peft.cli import models, output, stages
+from bitdistiller_peft.cli.packed import save_packed
+from bitdistiller_peft.cli.texts import load_texts
+from bitdistiller_peft.cli.verb import Console, Settings, Verb
+
+SECTIONS = ("", "quant", "calibrate")
+OWN = ("texts", "method", "num_samples", "seq_len", "batch_size", "pack")
+
+
+def run(settings: Settings, console: Console) -> dict[str, Any]:
+    """The verb, with the chain's folders where a YAML file names one."""
+    return execute(stages.placed(settings, "calibrate"), console)
+
+
+def execute(settings: Settings, console: Console) -> dict[str, Any]:
+    """Calibrate, and save the student.
+
+    Args:
+        settings: `output` is the stage's own folder.
+        console: where to speak.
+
+    Returns:
+        Folder of the student, of the packed model if asked for, and the mean errors.
+    """
+    settings.need("model")
+    needs_text = settings["calibrate.objective"] != "weight" or settings["calibrate.method"] == "blockwise"
+    texts = load_texts(settings.need("calibrate.texts"), "calibration") if needs_text else None
+    folder = Path(settings.need("output"))
+    done = output.begin(folder, settings, SECTIONS)
+    if done is not None:
+        console.say(f"calibrated before: {folder}")
+        return done
+    if settings.is_dry_run:
+        console.say(output.resolved_text(settings, SECTIONS))
+        return {"dry_run": True, "output": str(folder)}
+    return output.finish(folder, _calibrate(settings, console, texts, folder))
+
+
+def _calibrate(settings: Settings, console: Console, texts: list[str] | None, folder: Path) -> dict[str, Any]:
+    from bitdistiller_peft.calibration import calibrate
+
+    start = time.perf_counter()
+    device = models.choose_device(settings, console)
+    models.seed_all(settings)
+    tokenizer = models.load_tokenizer(settings["model"])
+    student = models.build_student(settings, device)
+    values = settings.section("calibrate")
+    options = {key: value for key, value in values.items() if key not in OWN and value is not None}
+    found = calibrate(
+        student,
+        tokenizer,
+        texts,
+        method=values["method"],
+        num_samples=values["num_samples"],
+        seq_len=values["seq_len"],
+        batch_size=values["batch_size"],
+        show_progress=True,
+        output_path=folder / "calibration.safetensors",
+        **options,
+    )
+    console.say(found)
+    student.save_pretrained(folder / "student")
+    tokenizer.save_pretrained(folder / "student")
+    result = {
+        "student": str(folder / "student"),
+        "method": values["method"],
+        "seconds": time.perf_counter() - start,
+        "data": dict(found.data),
+    }
+    if values["pack"]:
+        result |= save_packed(student, tokenizer, folder / "packed", console)
+    else:
+        console.say(f"\nstudent: {folder / 'student'} (latent: not yet the quantized model)")
+    return result
+
+
+VERB = Verb(
+    "calibrate",
+    "fit a student to a calibration text",
+    run,
+    sections=SECTIONS,
+    epilog="""
+examples:
+  bitdistiller calibrate --model MODEL --bits 2 --group-size 64 --texts wikitext2 --output out/clip --pack
+  bitdistiller calibrate -c run.yaml        the first stage of the chain""",
+)

@@ -1,0 +1,50 @@
+"""What a packed checkpoint does not say about itself and only the architecture knows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+from bitdistiller_peft.hub.convert import convertible
+from bitdistiller_peft.hub.modules import expert_parameters, is_experts, weight_shape
+
+
+@dataclass(frozen=True)
+class Structure:
+    """Input widths of the layers, and which are stored transposed.
+
+    Attributes:
+        widths: input width of every linear layer, by name.
+        expert_widths: input widths that occur in fused experts.
+        transposed: names of `Conv1D` layers, whose weights are stored ``[in, out]``.
+    """
+
+    widths: dict[str, int]
+    expert_widths: set[int]
+    transposed: set[str]
+
+    @classmethod
+    def of(cls, folder: Path) -> Structure:
+        """Build the model of a folder's config.json without memory and look at it."""
+        config = AutoConfig.from_pretrained(folder)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        name = (config.architectures or [""])[0]
+        owner: Any = getattr(transformers, name, None)
+        with torch.device("meta"):
+            model: nn.Module = owner(config) if owner else AutoModelForCausalLM.from_config(config)
+        modules = list(convertible(model))
+        plain = [(name, module) for name, module in modules if not is_experts(module)]
+        experts = [module for _, module in modules if is_experts(module)]
+        return cls(
+            {name: weight_shape(module)[1] for name, module in plain},
+            {getattr(module, key).shape[-1] for module in experts for key in expert_parameters(module)},
+            {name for name, module in plain if isinstance(module, Conv1D)},
+        )

@@ -1,0 +1,140 @@
+"""The CPU kernels as torch operators, ``torch.ops.bitdistiller.*``: with shapes without values, and with gradients.
+
+Few tokens are multiplied with the stream. For more, the weight is made dense panel by panel, small enough to stay in
+the cache, and torch multiplies: its matrix product is the better one there.
+"""
+
+from __future__ import annotations
+
+from ctypes import byref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitdistiller_peft.errors import StateError
+from bitdistiller_peft.kernels.cpu.library import ISAS, isa, load
+from bitdistiller_peft.kernels.cpu.weights import STREAMS, Layout, describe
+
+DENSE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+PANEL_BYTES = 1 << 20
+# up to how many tokens the stream is faster than panels, with bf16 products and without (benchmarks/inference_cpu.py)
+FEW_TOKENS = {True: 128, False: 64}
+
+_library: Any = torch.library.Library("bitdistiller", "DEF")  # type: ignore[no-untyped-call]
+_WEIGHT = "Tensor words, Tensor scale, Tensor? second, str grid, int bits, int group_size, str packing"
+_library.define(f"packed_linear(Tensor inputs, Tensor? bias, {_WEIGHT}) -> Tensor")
+_library.define(f"dequantize({_WEIGHT}, int in_features, ScalarType dtype) -> Tensor")
+
+
+def packed_linear(inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    """Multiply ``[..., in]`` (fp32, bf16 or fp16) by a packed ``[out, in]`` weight."""
+    second, layout = rest[0], Layout(*rest[1:])
+    in_features, out_features = inputs.shape[-1], words.shape[0]
+    flat = inputs.detach().reshape(-1, in_features)
+    if flat.dtype == torch.float16:  # fp16 products are slow on CPUs; in fp32 the sums are better, too
+        bias = None if bias is None else bias.float()
+        out = _multiply(flat.float().contiguous(), bias, words, scale, second, layout).half()
+    else:
+        out = _multiply(flat.contiguous(), bias, words, scale, second, layout)
+    return out.view(*inputs.shape[:-1], out_features)
+
+
+def _multiply(
+    inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Tensor, second: Tensor | None, layout: Layout
+) -> Tensor:
+    tokens, in_features = inputs.shape
+    out = torch.empty(tokens, words.shape[0], dtype=inputs.dtype)
+    if out.numel() == 0:
+        return out
+    few = FEW_TOKENS[inputs.dtype == torch.bfloat16 and isa() == len(ISAS) - 1]
+    if tokens > few or not layout.units_per_group(in_features) or words.shape[0] == 0:
+        return _multiply_panels(inputs, bias, words, scale, second, layout)
+    stream = STREAMS.get(words, scale, second, layout, in_features)
+    if bias is not None:
+        bias = bias.detach().contiguous()
+    failed = _kernels().bd_linear(
+        stream.pointer,
+        stream.address,
+        inputs.data_ptr(),
+        tokens,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        int(inputs.dtype == torch.bfloat16),
+        isa(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a copy of {tokens} x {in_features} inputs")
+    return out
+
+
+def _multiply_panels(
+    inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Tensor, second: Tensor | None, layout: Layout
+) -> Tensor:
+    in_features, out_features = inputs.shape[1], words.shape[0]
+    weight, keep = describe(words, scale, second, layout, in_features)
+    out = torch.empty(len(inputs), out_features, dtype=inputs.dtype)
+    height = max(16, PANEL_BYTES // (in_features * inputs.element_size()))
+    panel = torch.empty(min(height, out_features), in_features, dtype=inputs.dtype)
+    library, level, threads = _kernels(), isa(), torch.get_num_threads()
+    for start in range(0, out_features, height):
+        stop = min(start + height, out_features)
+        library.bd_dequantize(byref(weight), start, stop, panel.data_ptr(), DENSE_TYPES[panel.dtype], level, threads)
+        part = None if bias is None else bias.detach()[start:stop]
+        out[:, start:stop] = torch.nn.functional.linear(inputs, panel[: stop - start], part)
+    del keep
+    return out
+
+
+def dequantize(words: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    """The dense weight ``[out, in]``, each value rounded once from fp32."""
+    second, layout, in_features, dtype = rest[0], Layout(*rest[1:5]), rest[5], rest[6]
+    weight, keep = describe(words, scale, second, layout, in_features)
+    out = torch.empty(words.shape[0], in_features, dtype=dtype)
+    if out.numel():
+        threads = torch.get_num_threads()
+        _kernels().bd_dequantize(byref(weight), 0, len(out), out.data_ptr(), DENSE_TYPES[dtype], isa(), threads)
+    del keep
+    return out
+
+
+def _kernels() -> Any:
+    library = load()
+    if library is None:
+        raise StateError("the CPU kernels are not available on this machine. Use use_backend('reference').")
+    return library
+
+
+def _linear_shape(inputs: Tensor, bias: Tensor | None, words: Tensor, *rest: Any) -> Tensor:
+    return inputs.new_empty(*inputs.shape[:-1], words.shape[0])
+
+
+def _dense_shape(words: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    return words.new_empty(words.shape[0], rest[5], dtype=rest[6])
+
+
+def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    hidden, bias, words, scale, second, *layout = inputs
+    ctx.save_for_backward(words, scale, second)
+    ctx.layout, ctx.shape, ctx.has_bias = layout, hidden.shape, bias is not None
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    words, scale, second = ctx.saved_tensors
+    to_inputs = to_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.bitdistiller.dequantize(words, scale, second, *ctx.layout, ctx.shape[-1], grad.dtype)
+        to_inputs = grad @ weight
+    if ctx.has_bias and ctx.needs_input_grad[1]:
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
+    return (to_inputs, to_bias, *(None,) * 7)
+
+
+_library.impl("packed_linear", packed_linear, "CPU")
+_library.impl("dequantize", dequantize, "CPU")
+torch.library.register_fake("bitdistiller::packed_linear", _linear_shape, lib=_library)
+torch.library.register_fake("bitdistiller::dequantize", _dense_shape, lib=_library)
+torch.library.register_autograd(
+    "bitdistiller::packed_linear", _backward, setup_context=_keep_for_backward, lib=_library
+)

@@ -1,0 +1,288 @@
+"""The folder of a teacher cache: what a teacher said of many documents, found again by their tokens.
+
+- ``manifest.json``: what was asked of whom, about what; written first, atomically.
+- ``shard-00000.safetensors`` ...: the answers. Beside them ``digests`` ``[documents, 16]`` names the documents and
+  ``offsets`` ``[documents + 1]`` says where each begins and ends.
+- ``head.safetensors``: the teacher's output head, for hidden states.
+- ``bitdistiller.json``: checksums of all of these, written last; without it the cache is not complete.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bitdistiller_peft._version import library_version
+from bitdistiller_peft.errors import CheckpointError, ConfigError, StateError, UnknownNameError
+from bitdistiller_peft.hub.manifest import MANIFEST_NAME as CHECKSUMS_NAME
+from bitdistiller_peft.hub.manifest import verify_files, write_manifest
+from bitdistiller_peft.losses import Head
+
+MANIFEST_NAME = "manifest.json"
+HEAD_NAME = "head.safetensors"
+FORMAT = "bitdistiller-teacher-cache"
+FORMAT_VERSION = 1
+KINDS = {"hidden": ("bfloat16", "float16", "float32"), "topk": ("float16", "float32")}
+"""Kind of answer to the dtypes that it may be stored in."""
+
+_AGAIN = "Delete the folder and call cache_teacher() again."
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What is kept of every token.
+
+    Attributes:
+        kind: `"hidden"` or `"topk"`.
+        dtype: of hidden states or log-probabilities.
+        width: of the hidden states, or how many tokens are kept of each distribution.
+        vocab: size of the vocabulary.
+
+    Raises:
+        ConfigError: any other value.
+    """
+
+    kind: str
+    dtype: str
+    width: int
+    vocab: int
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be stored."""
+        if self.kind not in KINDS:
+            raise UnknownNameError("kind", self.kind, KINDS)
+        if self.dtype not in KINDS[self.kind]:
+            raise UnknownNameError("dtype", self.dtype, KINDS[self.kind])
+        if self.kind == "topk" and not 2 <= self.width <= self.vocab:
+            raise ConfigError(f"`k` must be from 2 to the vocabulary of {self.vocab}: got k={self.width}. Use 64.")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype itself."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What one token takes."""
+        each = self.torch_dtype.itemsize
+        return self.width * each if self.kind == "hidden" else self.width * (4 + each) + 4
+
+    def tensors(self, num_tokens: int) -> dict[str, tuple[torch.dtype, list[int]]]:
+        """Names, dtypes and shapes of the answers of a shard."""
+        kept = [num_tokens, self.width]
+        if self.kind == "hidden":
+            return {"hidden": (self.torch_dtype, kept)}
+        return {
+            "tokens": (torch.int32, kept),
+            "log_probs": (self.torch_dtype, kept),
+            "log_tail": (torch.float32, [num_tokens]),
+        }
+
+
+class Place(NamedTuple):
+    """Where a document lies."""
+
+    shard: int
+    start: int
+    stop: int
+
+
+# ------------------------------------------------------------------------------------------------------------- writing
+
+
+def begin(folder: Path, identity: Mapping[str, Any]) -> None:
+    """Write the manifest, or check that the one that is there asks for the same.
+
+    Args:
+        folder: of the cache.
+        identity: plain values that everything in the folder depends on.
+
+    Raises:
+        ConfigError: the folder holds something else; the differences are named.
+        CheckpointError: its manifest cannot be read, or there are shards without one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / MANIFEST_NAME
+    if path.exists():
+        was = _flat(read_manifest(folder))
+        now = _flat(json.loads(json.dumps(identity)))
+        differences = [f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if was[key] != value]
+        if differences:
+            raise ConfigError(
+                f"`output_dir` must hold a cache of the same run, or nothing: in {folder}, {'; '.join(differences)}. "
+                "Use the same model, data and settings to go on, or another output_dir."
+            )
+        return
+    if any(folder.glob("*.safetensors")):
+        raise ConfigError(f"`output_dir` must hold a cache, or nothing: got other weights in {folder}. Use another.")
+    content = {"format": FORMAT, "format_version": FORMAT_VERSION, **identity}
+    _write_atomically(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+
+
+def shard_path(folder: Path, index: int) -> Path:
+    """The file of a shard."""
+    return folder / f"shard-{index:05d}.safetensors"
+
+
+def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a file under its final name only once it is whole."""
+    temporary = path.with_suffix(".part")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+    temporary.replace(path)
+
+
+def finish(folder: Path) -> None:
+    """Write the checksums, which make the cache complete."""
+    if not (folder / CHECKSUMS_NAME).exists():
+        write_manifest(folder, f"bitdistiller_peft {library_version()}")
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Read what a cache is a cache of.
+
+    Raises:
+        CheckpointError: there is no manifest, or not one of ours.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder} must hold a teacher cache: there is no {MANIFEST_NAME}.") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path} must be readable: {error}. {_AGAIN}") from None
+    kind = (manifest.get("format"), manifest.get("format_version")) if isinstance(manifest, dict) else None
+    if kind != (FORMAT, FORMAT_VERSION):
+        raise CheckpointError(f"{path} must be of format {FORMAT} {FORMAT_VERSION}: got {kind}.")
+    return dict(manifest)
+
+
+class TeacherCache:
+    """A complete cache, opened for reading. Every shard's checksum is compared when it is first read.
+
+    Args:
+        folder: what `cache_teacher` wrote.
+
+    Raises:
+        CheckpointError: the folder holds no cache, or its files do not fit the manifest.
+        StateError: the cache is not complete.
+
+    Example:
+        >>> TeacherCache("cache").layout.kind  # doctest: +SKIP
+        'hidden'
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self.manifest = read_manifest(self.folder)
+        total = self.manifest["num_shards"]
+        missing = [index for index in range(total) if not shard_path(self.folder, index).exists()]
+        if missing or not (self.folder / CHECKSUMS_NAME).exists():
+            raise StateError(
+                f"{folder} must be complete: got {total - len(missing)} of {total} shards. Call cache_teacher() with "
+                "the same arguments and output_dir to go on."
+            )
+        self.layout = CacheLayout(**self.manifest["layout"])
+        self._files: dict[int, Any] = {}
+        self._places: dict[bytes, Place] = {}
+        for index in range(total):
+            self._index(index)
+
+    def __len__(self) -> int:
+        """How many documents it holds."""
+        return len(self._places)
+
+    def __contains__(self, digest: bytes) -> bool:
+        """Whether it holds a document, by the digest of its tokens."""
+        return digest in self._places
+
+    def __repr__(self) -> str:
+        """Say what it holds."""
+        layout = ", ".join(f"{k}={v}" for k, v in dataclasses.asdict(self.layout).items())
+        return f"TeacherCache({str(self.folder)!r}, {len(self)} documents, {layout})"
+
+    def read(self, digest: bytes) -> dict[str, Tensor]:
+        """What the teacher said of a document, `[its tokens, ...]` by name, on the CPU.
+
+        Raises:
+            KeyError: it is not in the cache.
+            ChecksumError: its shard is damaged.
+        """
+        place = self._places[digest]
+        file = self._files.get(place.shard)
+        if file is None:
+            path = shard_path(self.folder, place.shard)
+            verify_files([path])
+            file = self._files[place.shard] = _open(path)
+        return {name: file.get_slice(name)[place.start : place.stop] for name in self.layout.tensors(0)}
+
+    @functools.cached_property
+    def head(self) -> Head:
+        """The teacher's output head.
+
+        Raises:
+            CheckpointError: a cache of this kind has none.
+        """
+        if self.layout.kind != "hidden":
+            raise CheckpointError(f"{self.folder} must be of kind 'hidden' to have a head: got {self.layout.kind!r}.")
+        path = self.folder / HEAD_NAME
+        verify_files([path])
+        file = _open(path)
+        bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118  (no dict)
+        return Head(file.get_tensor("weight"), bias, **self.manifest["head"])
+
+    def verify(self, mode: Literal["fast", "full"] = "full") -> None:
+        """Compare every file with what was written.
+
+        Args:
+            mode: `"fast"` compares a CRC-32 per file, `"full"` a SHA-256 per tensor.
+
+        Raises:
+            ChecksumError: a file differs; its first damaged tensor is named.
+        """
+        verify_files(sorted(self.folder.glob("*.safetensors")), mode=mode)
+
+    def _index(self, shard: int) -> None:
+        path = shard_path(self.folder, shard)
+        file = _open(path)
+        offsets = file.get_tensor("offsets").tolist()
+        digests = file.get_tensor("digests").numpy()
+        for name, (_, shape) in self.layout.tensors(offsets[-1]).items():
+            found = file.get_slice(name).get_shape() if name in file.keys() else None  # noqa: SIM118
+            if found != shape:
+                raise CheckpointError(f"{path} must hold {name!r} of shape {shape}: got {found}. {_AGAIN}")
+        for digest, start, stop in zip(digests, offsets[:-1], offsets[1:], strict=True):
+            self._places[digest.tobytes()] = Place(shard, start, stop)
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} must be a safetensors file: {error}. {_AGAIN}") from None
