@@ -151,19 +151,17 @@ class Bench:
             samples = CLIP_TOKENS // SEQ_LEN
             windows = self.windows(CLIP_TOKENS).reshape(samples, SEQ_LEN)
             calibrate(student, None, windows, num_samples=samples, seq_len=SEQ_LEN)
-        used = 0
-        if arm.blockwise is not None:
-            share, values = arm.blockwise
-            batch = BLOCK_SEQ_LEN * BLOCK_BATCH
-            samples = round(budget * share / batch) * BLOCK_BATCH
-            used = samples * BLOCK_SEQ_LEN
+        share, values = arm.blockwise or (0.0, {})
+        steps = round(budget * (1 - share) / STEP_TOKENS) if arm.training is not None else 0
+        samples = (budget - steps * STEP_TOKENS) // BLOCK_SEQ_LEN if arm.blockwise else 0
+        used = samples * BLOCK_SEQ_LEN
+        if samples:
             windows = self.windows(used)[:, :used].reshape(samples, BLOCK_SEQ_LEN)
             calibrate(
                 student, None, windows, method="blockwise", num_samples=samples, seq_len=BLOCK_SEQ_LEN,
                 batch_size=BLOCK_BATCH, epochs=1, seed=options.seed, **values,
             )  # fmt: skip
         if arm.training is not None:
-            steps = max(1, round((budget - used) / STEP_TOKENS))
             self.train(student, self.windows(budget)[:, used:], steps, arm.training)
             used += steps * STEP_TOKENS
         return student.pack_and_unload(), used

@@ -85,6 +85,17 @@ def check_target(config: Any, target: str) -> None:
         raise ConfigError(f"the config must suit target={target!r}: got {'; '.join(faults)}.")
 
 
+def needed_zero_point_range(config: Any, target: str) -> list[int] | None:
+    """The range that 2-bit integer zero points must keep for an engine, or `None` where any will do.
+
+    Args:
+        config: as in `check_target`.
+        target: one of the targets; another has no needs.
+    """
+    bounds = TARGETS[target].zero_point_range if target in TARGETS else None
+    return list(bounds) if bounds and config.bits == 2 and config.grid == "int" else None
+
+
 def _faults(values: dict[str, Any], engine: Target) -> list[str]:
     """What does not fit in one set of settings."""
     grid, bits, size = values["grid"], values["bits"], values["group_size"]

@@ -15,6 +15,7 @@ from bitdistiller_peft.hub.projections import check_subln_modules, has_subln
 from bitdistiller_peft.layers import SUBLN_EPS, InputSpec, check_subln
 from bitdistiller_peft.quantizers import QuantSpec, check_activation_bits
 from bitdistiller_peft.recipes import declare_fields, get_recipe
+from bitdistiller_peft.recipes.targets import check_target, needed_zero_point_range
 
 MASTER_DTYPES = ("float32", "base")
 TRAIN_OTHER = ("none", "norms", "all")
@@ -59,6 +60,9 @@ class BitDistillerConfig(PeftConfig):
             (norms, embeddings and output head).
         overrides: other settings for some layers, by a pattern that must match the end of the module name, e.g.
             `{"down_proj": {"bits": 4}}`; the first match counts.
+        target: the engine to serve with: `"vllm"`, `"llama.cpp"`, `"mlx"`, `"onnx"` or `"transformers"`; settings that
+            it could not run without quantizing again are refused now, not after training. `"llama.cpp"` also sets
+            `zero_point_range=(1, 2)` at 2 bits. `None` for any.
         target_modules: module names (or a regex) to quantize, or `"all-linear"`: every linear layer and fused expert
             module, without the output head and routers.
         exclude_modules: module names (or a regex) to leave alone.
@@ -118,6 +122,9 @@ class BitDistillerConfig(PeftConfig):
     provenance: dict[str, Any] = field(
         default_factory=dict, metadata={"help": "What the trainer notes about the run; plain values."}
     )
+    target: str | None = field(
+        default=None, metadata={"help": "Engine to serve with: 'vllm', 'llama.cpp', 'mlx', 'onnx', 'transformers'."}
+    )
     target_modules: list[str] | str | None = field(
         default="all-linear", metadata={"help": "Names or regex of the modules to quantize, or 'all-linear'."}
     )
@@ -170,6 +177,9 @@ class BitDistillerConfig(PeftConfig):
         for pattern, override in self.overrides.items():
             _check_pattern(pattern)
             self._spec_with(pattern, override)
+        if self.target is not None:
+            self.zero_point_range = self.zero_point_range or needed_zero_point_range(self, self.target)
+            check_target(self, self.target)
 
     def _check_choices(self) -> None:
         if self.target_parameters:

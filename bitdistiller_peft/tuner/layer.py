@@ -21,13 +21,13 @@ from bitdistiller_peft.layers import NO_CHANGE, FakeQuantWeight, InputSpec, SubL
 from bitdistiller_peft.quantizers import QuantSpec
 
 PREFIX = "bitdistiller_"
-NORM = PREFIX + "input_norm"
+NORM = PREFIX + "subln"  # a name ending in "norm" would be taken for one by `modules_to_save=["norm"]`
 
 
 class BitDistillerLayer(nn.Module, BaseTunerLayer):
     """What both overlays share. Each quantized parameter ``p`` has a `ModuleDict` ``bitdistiller_p`` keyed by adapter.
 
-    ``bitdistiller_input_norm`` holds the `SubLN` of each adapter that has one.
+    ``bitdistiller_subln`` holds the `SubLN` of each adapter that has one.
 
     Args:
         base_layer: the layer to stand for; its parameters stay as they are.

@@ -156,7 +156,7 @@ def note_provenance(model: nn.Module, values: Mapping[str, str | float | None]) 
         values: by name, e.g. ``{"gamma": 0.4}``.
     """
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    active: list[str] = getattr(model, "active_adapters", []) if configs else []  # type: ignore[assignment]
+    active: list[str] = getattr(model, "active_adapters", []) if configs else []
     for name in active:
         config = configs[name]
         if isinstance(config, BitDistillerConfig):
@@ -165,7 +165,7 @@ def note_provenance(model: nn.Module, values: Mapping[str, str | float | None]) 
 
 def _noted(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]]) -> dict[str, Any]:
     configs: dict[str, Any] = getattr(model, "peft_config", None) or {}
-    active = [name for _, layer in layers for name in layer.active_adapters]
+    active = [str(name) for _, layer in layers for name in list(layer.active_adapters)]  # type: ignore[arg-type]
     return dict(configs[active[0]].provenance) if active and active[0] in configs else {}
 
 

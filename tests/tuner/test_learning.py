@@ -235,6 +235,15 @@ KNOBS = {
     "master_dtype": ("base", trainable_dtypes, {}),
     "train_other": ("norms", trainable_names, {}),
     "overrides": ({"down_proj": {"bits": 4}}, start_logits, {}),
+    "refine": ("least_squares", start_logits, {"grid": "r2q", "learn_scale": False}),
+    "tied": (True, start_logits, {"grid": "r2q"}),
+    "activation_bits": (8, start_logits, {}),
+    "subln": ("all", trainable_names, {}),
+    "subln_eps": (0.1, start_logits, {"subln": "all"}),
+    "subln_modules": (["q_proj"], trainable_names, {"subln": "output"}),
+    "packing": ("base3", start_logits, {"grid": "ternary"}),
+    "provenance": ({"loss": "cakld"}, start_logits, {}),
+    "target": ("transformers", start_logits, {}),
     "target_modules": (["q_proj"], trainable_names, {}),
     "exclude_modules": (["q_proj"], trainable_names, {}),
     "modules_to_save": (["lm_head"], trainable_names, {}),
@@ -242,7 +251,8 @@ KNOBS = {
     "layers_pattern": ("layers", trainable_names, {"layers_to_transform": [1]}),
     "target_parameters": (None, trainable_names, {}),
 }
-ONLY_CHECKED = ("layers_pattern", "target_parameters")  # they change nothing on a model where their default finds all
+# they change nothing on a model where their default finds all, or only the file or what is refused
+ONLY_CHECKED = ("layers_pattern", "target_parameters", "packing", "provenance", "target")
 
 
 def test_every_knob_of_the_config_is_tried() -> None:
