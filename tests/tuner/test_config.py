@@ -15,9 +15,9 @@ def test_a_target_refuses_what_its_engine_cannot_run_and_sets_what_it_needs() ->
         2,
     ]
     assert BitDistillerConfig(bits=3, group_size=64, target="llama.cpp").zero_point_range is None
-    with pytest.raises(ConfigError, match="target='onnx'.*bits=3"):
+    with pytest.raises(ConfigError, match=r"target='onnx'.*bits=3"):
         BitDistillerConfig(bits=3, group_size=64, target="onnx")
-    with pytest.raises(ConfigError, match=r"target='llama.cpp'.*zero_point_range"):
+    with pytest.raises(ConfigError, match=r"target='llama\.cpp'.*zero_point_range"):
         BitDistillerConfig(bits=2, group_size=64, target="llama.cpp", zero_point_range=[0, 3])
     with pytest.raises(UnknownNameError, match=r"llama\.cpp"):
         BitDistillerConfig(target="llama-cpp")
