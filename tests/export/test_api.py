@@ -58,6 +58,8 @@ def test_a_refusal_names_the_layer_the_reason_and_the_nearest_format(
     packed: Packed,
     tmp_path: Path,
 ) -> None:
+    if format == "mlx":
+        pytest.importorskip("mlx", reason="mlx has no wheels for some machines")
     with pytest.raises(ExportError) as caught:
         export_model(packed(arch, **model), format, tmp_path / "out", **options)
     message = str(caught.value)
