@@ -2,10 +2,11 @@
 
 from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.grids.minifloat import minifloat_levels
-from bitdistiller_peft.grids.normal_float import normal_float_levels
+from bitdistiller_peft.grids.normal_float import PUBLISHED_NF4, normal_float_levels
 from bitdistiller_peft.grids.registry import get_grid, grid_names, register_grid
 
 __all__ = [
+    "PUBLISHED_NF4",
     "AffineGrid",
     "CodebookGrid",
     "Grid",

@@ -2,12 +2,33 @@
 
 The two sides are spaced separately so that zero is a level: the negative side takes one half of the codes, zero and
 the positive side the other. Source: QLoRA (arXiv 2305.14314), section 3; AFPQ (arXiv 2311.01792), appendix A, for the
-3-bit table. The values are computed, not pasted; tests compare them with the published NF3 and NF4 tables.
+3-bit table. The values are computed; tests compare them with the published NF3 and NF4 tables. Beside them stands the
+published NF4 itself, for models that were quantized with it.
 """
 
 from __future__ import annotations
 
 from statistics import NormalDist
+
+# NF4 as QLoRA (appendix E) prints it and bitsandbytes multiplies by it: computed there in fp32, so up to 2e-7 off
+PUBLISHED_NF4 = (
+    -1.0,
+    -0.6961928009986877,
+    -0.5250730514526367,
+    -0.39491748809814453,
+    -0.28444138169288635,
+    -0.18477343022823334,
+    -0.09105003625154495,
+    0.0,
+    0.07958029955625534,
+    0.16093020141124725,
+    0.24611230194568634,
+    0.33791524171829224,
+    0.44070982933044434,
+    0.5626170039176941,
+    0.7229568362236023,
+    1.0,
+)
 
 
 def normal_float_levels(bits: int) -> tuple[float, ...]:

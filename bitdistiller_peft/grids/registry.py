@@ -12,7 +12,7 @@ from functools import partial
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
 from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.grids.minifloat import EXPONENT_BITS, minifloat_levels
-from bitdistiller_peft.grids.normal_float import normal_float_levels
+from bitdistiller_peft.grids.normal_float import PUBLISHED_NF4, normal_float_levels
 
 GridFactory = Callable[[int], Grid]
 
@@ -82,6 +82,11 @@ def _minifloat(bits: int, *, name: str, is_symmetric: bool) -> Grid:
     return CodebookGrid(name, bits, levels=levels, is_symmetric=is_symmetric)
 
 
+def _published_nf4(bits: int) -> Grid:
+    _check_bits("nf4", bits, (4,))
+    return CodebookGrid("nf4", bits, levels=PUBLISHED_NF4, is_symmetric=True)
+
+
 def _ternary(bits: int) -> Grid:
     _check_bits("ternary", bits, (2,))
     return TernaryGrid("ternary", bits, is_symmetric=True)
@@ -96,5 +101,6 @@ for _suffix, _symmetric in (("", False), ("_sym", True)):
     register_grid(f"int{_suffix}", partial(_affine, name=f"int{_suffix}", is_symmetric=_symmetric))
     register_grid(f"nf{_suffix}", partial(_normal_float, name=f"nf{_suffix}", is_symmetric=_symmetric))
     register_grid(f"fp{_suffix}", partial(_minifloat, name=f"fp{_suffix}", is_symmetric=_symmetric))
+register_grid("nf4", _published_nf4)
 register_grid("ternary", _ternary)
 register_grid("r2q", _residual)
