@@ -71,12 +71,12 @@ def export_model(
     """
     chosen = get_export_format(format)
     resolved = chosen.resolve(options)
-    chosen.check_installed()
     target = Path(output_dir)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ExportError(f"`output_dir` must be an empty folder: got {str(output_dir)!r}. Choose a new one.")
     with open_source(model) as source, _working_folder(target) as folder:
         check_fits(source, chosen, resolved)
+        chosen.check_installed()  # last: what cannot be held is refused on every machine
         _add_tokenizer(source, tokenizer, folder)
         chosen.write(source, folder, resolved)
         verification = compare(source, folder, chosen)

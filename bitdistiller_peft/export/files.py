@@ -19,9 +19,27 @@ WEIGHTS_NAME = "model.safetensors"
 
 
 def write_config(source: PackedSource, folder: Path, changes: Mapping[str, Any]) -> None:
-    """Write config.json: the model's own, with what the format says in it."""
-    config = {**source.config, **changes}
+    """Write config.json: the model's own, with what the format says in it, and its rotation under both names."""
+    config = {**_older_rotation(source.config), **source.config, **changes}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _older_rotation(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_theta` and `rope_scaling`, as configs had them before transformers 5 and as most engines read them still.
+
+    An engine that finds neither takes 10000 for a base and says nothing.
+    """
+    rope = dict(config.get("rope_parameters") or {})
+    local = rope.get("sliding_attention")
+    rope = dict(rope.get("full_attention", rope))  # Gemma 3 has a rotation for each kind of attention
+    if "rope_theta" not in rope:
+        return {}
+    found = {"rope_theta": rope.pop("rope_theta")}
+    if isinstance(local, Mapping) and "rope_theta" in local:
+        found["rope_local_base_freq"] = local["rope_theta"]
+    if rope.get("rope_type", "default") != "default":
+        found["rope_scaling"] = rope
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -25,11 +25,12 @@ from torch import Tensor, nn
 from bitdistiller_peft.errors import BitDistillerError, CheckpointError, ExportError, StateError, add_location
 from bitdistiller_peft.export.structure import Structure
 from bitdistiller_peft.hub import BitDistillerQuantConfig, verify_files
+from bitdistiller_peft.hub.checkpoint import check_packed
 from bitdistiller_peft.hub.files import weight_files
 from bitdistiller_peft.hub.header import read_header
 from bitdistiller_peft.layers import SCALE, SUFFIXES, ZERO_POINT, packed_layout
-from bitdistiller_peft.packing import check_row, check_tail, unpack_codes, unpack_row
-from bitdistiller_peft.quantizers import QuantParams, QuantSpec, check_scale, dequantize
+from bitdistiller_peft.packing import unpack_codes, unpack_row
+from bitdistiller_peft.quantizers import QuantParams, QuantSpec, dequantize
 
 # what belongs to the tokenizer and to generation, and goes along unchanged
 COMPANION_FILES = (
@@ -200,15 +201,10 @@ class PackedSource:
                     f"tensor {name + suffix!r} must have shape {list(shape)} and dtype {dtype}: got "
                     f"{list(found.shape)} and {found.dtype}. config.json and weights do not belong together."
                 )
-        bits, groups = spec.grid.bits, scale.shape[1]
-        check_row(words, bits, width, spec.packing)
         stored = {suffix: self.tensor(name + suffix) for suffix in SUFFIXES if name + suffix in self._files}
-        for suffix, tensor in stored.items():
-            if suffix == ZERO_POINT:
-                check_tail(tensor, bits, groups)
-                stored[suffix] = unpack_codes(tensor, bits, groups)
-            else:
-                check_scale(tensor, allow_zero=spec.grid.has_negative_scale or spec.grid.has_residual_scale)
+        check_packed({"": words, **stored}, "", spec, width)
+        if ZERO_POINT in stored:
+            stored[ZERO_POINT] = unpack_codes(stored[ZERO_POINT], spec.grid.bits, scale.shape[1])
         params = QuantParams(*(stored.get(suffix) for suffix in SUFFIXES))  # type: ignore[arg-type]
         is_transposed = name.removesuffix(".weight") in self._structure.transposed
         return PackedWeight(name, spec, width, words, params, is_transposed)

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
 from bitdistiller_peft import BitDistillerConfig, export_model, get_bitdistiller_model, verify_export
 from bitdistiller_peft.errors import ConfigError, ExportError, StateError, UnknownNameError
-from bitdistiller_peft.export import ExportFormat, register_export_format
+from bitdistiller_peft.export import (
+    ExportFormat,
+    ForeignTensor,
+    ForeignWeight,
+    PackedSource,
+    get_export_format,
+    register_export_format,
+    transformers_engine,
+)
 from bitdistiller_peft.export import formats as formats_module
+from bitdistiller_peft.export.logits import compare_logits
+from bitdistiller_peft.export.source import open_source
 from tests.tiny import load, save_base
 
 Packed = Callable[..., Path]
@@ -28,9 +41,9 @@ Packed = Callable[..., Path]
             "grid 'nf' is not scale",
             "'gguf', output_dir, carrier='F16'",
         ),
-        ("compressed-tensors", {}, "gpt2", {"bits": 2}, "c_attn': it is a Conv1D", "'dequantized'"),
+        ("compressed-tensors", {}, "gpt2", {"bits": 2}, "c_attn': it is a Conv1D", "'onnx'"),
         ("compressed-tensors", {"widen_to": 4}, "llama", {"bits": 8}, "8-bit codes do not fit", "'compressed-tensors'"),
-        ("gguf", {}, "gpt2", {"bits": 2}, "architecture 'GPT2LMHeadModel'", "'dequantized'"),
+        ("gguf", {}, "gpt2", {"bits": 2}, "architecture 'GPT2LMHeadModel'", "'onnx'"),
         (
             "gguf",
             {},
@@ -45,6 +58,11 @@ Packed = Callable[..., Path]
         ("awq", {}, "llama", {"bits": 8}, "8-bit codes do not fit into 4 bits", "'compressed-tensors'"),
         ("mlx", {}, "llama", {"bits": 2, "group_size": 16}, "groups of 16 weights", "'compressed-tensors'"),
         ("bitnet", {}, "llama", {"bits": 2}, "activation_bits=None", "'compressed-tensors'"),
+        ("onnx", {}, "llama", {"bits": 3}, "3-bit codes are none", "'onnx', output_dir, widen_to=4"),
+        ("onnx", {}, "llama", {"bits": 2, "group_size": 8}, "not made of blocks of 16", "'compressed-tensors'"),
+        ("onnx", {"widen_to": 4}, "llama", {"bits": 8}, "8-bit codes do not fit into 4 bits", "'onnx'"),
+        ("onnx", {}, "llama", {"grid": "r2q", "bits": 2}, "grid 'r2q' is not scale", "'gguf', output_dir, carrier="),
+        ("onnx", {}, "mixtral", {"bits": 2}, "architecture 'MixtralForCausalLM'", "'compressed-tensors'"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -57,9 +75,9 @@ def test_a_refusal_names_the_layer_the_reason_and_the_nearest_format(
     nearest: str,
     packed: Packed,
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if format == "mlx":
-        pytest.importorskip("mlx", reason="mlx has no wheels for some machines")
+    monkeypatch.setattr(formats_module, "find_spec", lambda name: None)  # refused whatever is installed
     with pytest.raises(ExportError) as caught:
         export_model(packed(arch, **model), format, tmp_path / "out", **options)
     message = str(caught.value)
@@ -138,3 +156,56 @@ def test_outsiders_add_formats_under_new_names(monkeypatch: pytest.MonkeyPatch) 
         register_export_format(known)
     register_export_format(ExportFormat("mine", "nobody", known.refuse_weight, known.write, known.read))
     assert formats_module.export_format_names()[-1] == "mine"
+
+
+def test_a_residual_scale_that_is_subnormal_or_zero_is_exported(tmp_path: Path) -> None:
+    """Groups of one magnitude leave a residual of next to nothing; it is stored, and means what it says."""
+    base = load(save_base("llama", tmp_path))
+    for name, parameter in base.named_parameters():
+        if name.endswith("o_proj.weight"):
+            parameter.data.copy_(0.0156 * torch.where(parameter >= 0, 1.0, -1.0))
+            parameter.data[0] = 2**-6  # a number of fp16: nothing is left
+    model = get_bitdistiller_model(base, BitDistillerConfig(grid="r2q", group_size=32))
+    packed = model.pack_and_unload(progressbar=False)
+    layer = packed.model.layers[0].self_attn.o_proj
+    residual = layer.weight_scale_residual
+    assert float(residual[0].max()) == 0.0 < float(residual[1].max()) < torch.finfo(torch.float16).tiny
+    packed.save_pretrained(tmp_path / "packed")
+    export_model(tmp_path / "packed", "dequantized", tmp_path / "out")
+    verify_export(tmp_path / "packed", tmp_path / "out", "dequantized")
+    assert torch.equal(load(tmp_path / "out").model.layers[0].self_attn.o_proj.weight, layer.dequantize())
+
+
+def test_values_in_the_wrong_place_are_seen_by_the_logits(packed: Packed, tmp_path: Path) -> None:
+    """Each number is right, but stands under another layer's name, which a comparison by name may share."""
+    source = packed("llama", bits=2)
+    folder = export_model(source, "compressed-tensors", tmp_path / "out").folder
+    known = get_export_format("compressed-tensors")
+
+    def swapped(source: PackedSource, folder: Path) -> Iterator[ForeignWeight | ForeignTensor]:
+        names = {"gate_proj": "up_proj", "up_proj": "gate_proj"}
+        for found in known.read(source, folder):
+            layer = found.name.split(".")[-2]
+            yield replace(found, name=found.name.replace(layer, names.get(layer, layer)))
+
+    with open_source(source) as opened:
+        assert compare_logits(opened, folder, known).difference < 1e-3
+        with pytest.raises(ExportError, match=r"must differ from the packed model's by at most 3.9e-03: they differ"):
+            compare_logits(opened, folder, replace(known, read=swapped))
+
+
+def test_the_logits_of_an_engine_are_compared_too(packed: Packed, tmp_path: Path) -> None:
+    source = packed("llama", bits=2)
+    folder = export_model(source, "dequantized", tmp_path / "out").folder
+    report = verify_export(source, folder, "dequantized", engine=transformers_engine)
+    assert [found.difference for found in report.logits] == [0, 0]
+    assert "logits by transformers_engine differ by 0.0e+00 (at most 5.0e-02)" in str(report)
+    assert verify_export(source, folder, "dequantized", logits=False).logits == ()
+
+    def broken(folder: Path, ids: Tensor) -> Tensor:
+        return transformers_engine(folder, ids.flip(0))
+
+    with pytest.raises(ExportError, match=r"logits by broken must differ .* by at most 5.0e-02"):
+        verify_export(source, folder, "dequantized", logits=False, engine=broken)
+    with pytest.raises(ExportError, match="must have shape"):
+        verify_export(source, folder, "dequantized", engine=lambda folder, ids: broken(folder, ids)[:1])

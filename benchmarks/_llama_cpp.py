@@ -1,0 +1,81 @@
+"""llama.cpp's C library, as the wheel `xllamacpp` carries it: logits after every token of a text."""
+
+from __future__ import annotations
+
+import ctypes
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+CONTEXT = 1024
+
+
+class Opaque(ctypes.Structure):
+    """A struct of settings, larger than the library's: it is returned through memory and passed on the stack."""
+
+    _fields_ = (("numbers", ctypes.c_uint32 * 3), ("rest", ctypes.c_uint8 * 1012))
+
+
+class Batch(ctypes.Structure):
+    """`llama_batch`."""
+
+    _fields_ = (
+        ("n_tokens", ctypes.c_int32),
+        ("token", ctypes.POINTER(ctypes.c_int32)),
+        ("embd", ctypes.c_void_p),
+        ("pos", ctypes.POINTER(ctypes.c_int32)),
+        ("n_seq_id", ctypes.c_void_p),
+        ("seq_id", ctypes.c_void_p),
+        ("logits", ctypes.POINTER(ctypes.c_int8)),
+    )
+
+
+SIGNATURES = {
+    "llama_model_default_params": (Opaque, ()),
+    "llama_context_default_params": (Opaque, ()),
+    "llama_model_load_from_file": (ctypes.c_void_p, (ctypes.c_char_p, Opaque)),
+    "llama_init_from_model": (ctypes.c_void_p, (ctypes.c_void_p, Opaque)),
+    "llama_set_n_threads": (None, (ctypes.c_void_p, ctypes.c_int32, ctypes.c_int32)),
+    "llama_decode": (ctypes.c_int32, (ctypes.c_void_p, Batch)),
+    "llama_get_logits": (ctypes.POINTER(ctypes.c_float), (ctypes.c_void_p,)),
+    "llama_get_memory": (ctypes.c_void_p, (ctypes.c_void_p,)),
+    "llama_memory_clear": (None, (ctypes.c_void_p, ctypes.c_bool)),
+    "llama_model_get_vocab": (ctypes.c_void_p, (ctypes.c_void_p,)),
+    "llama_vocab_n_tokens": (ctypes.c_int32, (ctypes.c_void_p,)),
+}
+
+
+class Scorer:
+    """A GGUF file loaded by llama.cpp's own C library."""
+
+    def __init__(self, path: Path) -> None:
+        spec = find_spec("xllamacpp")
+        if spec is None or spec.origin is None:
+            raise ModuleNotFoundError("xllamacpp")
+        library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
+        for name, (result, arguments) in SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+        self._library = library
+        settings = library.llama_context_default_params()
+        settings.numbers[:] = (CONTEXT, CONTEXT, CONTEXT)  # n_ctx, n_batch, n_ubatch
+        model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
+        self._context = library.llama_init_from_model(model, settings)
+        library.llama_set_n_threads(self._context, torch.get_num_threads(), torch.get_num_threads())
+        self._vocab_size = library.llama_vocab_n_tokens(library.llama_model_get_vocab(model))
+
+    def logits(self, ids: list[int]) -> Tensor:
+        """Logits after every token: fp32 ``[tokens, vocabulary]``."""
+        count = len(ids)
+        self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+        token = (ctypes.c_int32 * count)(*ids)
+        position = (ctypes.c_int32 * count)(*range(count))
+        wanted = (ctypes.c_int8 * count)(*[1] * count)
+        batch = Batch(n_tokens=count, token=token, pos=position, logits=wanted)
+        if self._library.llama_decode(self._context, batch) != 0:
+            raise RuntimeError("llama_decode failed")
+        found = np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (count, self._vocab_size))
+        return torch.from_numpy(found.copy())
