@@ -10,11 +10,13 @@ TORCH ?= torch==2.13.0
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+LOWEST := .venv-lowest
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
-PYTEST := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE) $(BIN)/python -m pytest -n 2
+QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE)
+PYTEST := $(QUIET) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := test
-.PHONY: venv test test-all nightly mutation audit lint format demo demo-quick
+.PHONY: venv test test-all test-lowest nightly mutation audit lint format demo demo-quick
 
 venv: $(STAMP)
 
@@ -41,11 +43,27 @@ test: lint
 
 test-all: lint
 	$(PYTEST) -m "(slow or not slow) and not gpu and not network and not nightly"
+	$(MAKE) test-lowest
 
-# 20,000 generated cases and more, then 10,000 mutants, 10,000 flipped bytes and 100 kills; seeds are in the tests
+# The fast tests with the lowest versions that pyproject.toml claims (and the caller's torch), in a venv of their own.
+test-lowest: $(LOWEST)/.installed
+	$(LOWEST)/bin/python -m pip list | grep -E "^($$(sed 's/==.*//' $(LOWEST)/constraints.txt | paste -sd '|')) "
+	$(QUIET) $(LOWEST)/bin/python -m pytest -n 2
+
+$(LOWEST)/.installed: pyproject.toml tests/trust/floors.py
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install "$(TORCH)"
+	$(LOWEST)/bin/python tests/trust/floors.py > $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" >> $(LOWEST)/constraints.txt
+	$(LOWEST)/bin/python -m pip install --constraint $(LOWEST)/constraints.txt --editable ".[dev]"
+	touch $@
+
+# More than 20,000 generated cases, then 10,000 mutants, 10,000 flipped bytes and 100 kills, in memory where there is a
+# /dev/shm; the seeds are in the tests, and -rP shows the figures.
+MEMORY := $(shell test -w /dev/shm && echo TMPDIR=/dev/shm)
 nightly: venv
-	HYPOTHESIS_PROFILE=nightly $(PYTEST) tests/trust/test_properties.py tests/packing tests/quantizers
-	HYPOTHESIS_PROFILE=nightly $(PYTEST) -m nightly
+	HYPOTHESIS_PROFILE=nightly $(MEMORY) $(PYTEST) tests/trust/test_properties.py tests/packing tests/quantizers
+	$(MEMORY) $(PYTEST) -rP -m nightly tests/trust
 
 # Works on a copy, in mutants/; goes on where it was stopped. CORE="bitdistiller_peft.packing*" does a part of it.
 CORE ?=
@@ -54,10 +72,11 @@ mutation: venv
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/mutmut run $(CORE)
 	$(BIN)/mutmut results
 
-# Known vulnerabilities of what is installed; without a network it says so and passes.
+# Known vulnerabilities of what is installed in .venv; without a network it says so and passes.
 audit: venv
-	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt pip-audit || true
-	$(BIN)/python tests/trust/audit.py
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/python -m pip install --quiet pip-audit || true
+	.venv-audit/bin/python tests/trust/audit.py "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
 
 demo: venv
 	$(BIN)/python examples/demo.py

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from bitdistiller_peft.calibration.awq import AwqSweep
 from bitdistiller_peft.calibration.blockwise import reconstruct
 from bitdistiller_peft.calibration.gptq_sweep import GptqSweep, check_learned_scales
 from bitdistiller_peft.calibration.options import AwqOptions, BlockwiseOptions, ClipOptions, GptqOptions, make_options
+from bitdistiller_peft.calibration.progress import Progress
 from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult, LayerReport
 from bitdistiller_peft.calibration.slots import Display, Slot, find_student
 from bitdistiller_peft.calibration.sweep import Sweep, segments
 from bitdistiller_peft.calibration.texts import fingerprint, token_windows
 from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.tuner import borrowed
 
 
 def calibrate(
@@ -33,6 +35,7 @@ def calibrate(
     batch_size: int | None = None,
     show_progress: bool = True,
     output_path: str | Path | None = None,
+    resume_dir: str | Path | None = None,
     **options: Any,
 ) -> CalibrationResult:
     """Fit the student to a calibration text before it is trained.
@@ -60,6 +63,9 @@ def calibrate(
             `"blockwise"`, else 8.
         show_progress: show a bar with the time left.
         output_path: also save the result there, see `CalibrationResult.save`.
+        resume_dir: for `"blockwise"`, a folder of its own that keeps every finished block, as large as the student in
+            the end. After a kill the same call on a freshly made model goes on with the first block that is missing,
+            and ends with the same bytes; another model, text or option is refused. Delete it afterwards.
         options: the fields of `ClipOptions`, `GptqOptions`, `AwqOptions` or `BlockwiseOptions`, e.g.
             `skip=("q_proj", "k_proj")`.
 
@@ -69,7 +75,8 @@ def calibrate(
     Raises:
         StateError: not such a model, or its adapter is merged or disabled.
         DataError: too little text, or activations that are not finite; the layer is named.
-        ConfigError, UnknownNameError: an option outside its rule, or GPTQ where scales are not learned.
+        ConfigError, UnknownNameError: an option outside its rule, GPTQ where scales are not learned, or a `resume_dir`
+            that holds another run.
         WeightError: a weight that cannot be quantized; the layer is named.
         TrainingError: a block's loss is not finite; the block is named.
 
@@ -92,9 +99,9 @@ def calibrate(
     else:
         windows = torch.empty(0, 0, dtype=torch.long)
     batches = _batches(windows, batch_size, method, slots[0].weight.device)
-    run = _reconstruct if isinstance(chosen, BlockwiseOptions) else _sweep
+    progress = _progress(resume_dir, base, slots, chosen, batches)
     with (
-        _borrowed(model),
+        borrowed(model),
         tqdm(total=len(slots) * chosen.passes, desc="Calibrating", unit="layer", disable=not show_progress) as bar,
     ):
 
@@ -102,17 +109,39 @@ def calibrate(
             bar.set_postfix_str(name, refresh=False)
             bar.update()
 
-        sweep, blocks = run(base, slots, batches, chosen, advance)
+        sweep, blocks = _run(base, slots, batches, chosen, advance, progress)
     result = _result(sweep, slots, blocks, method, windows)
     if output_path is not None:
         result.save(output_path)
     return result
 
 
-def _sweep(
-    base: nn.Module, slots: list[Slot], batches: list[Tensor], options: ClipOptions, advance: Callable[[str], None]
+def _progress(
+    folder: str | Path | None, base: nn.Module, slots: list[Slot], options: ClipOptions, batches: list[Tensor]
+) -> Progress:
+    if folder is None:
+        return Progress(None, base, slots, {})
+    if not isinstance(options, BlockwiseOptions):
+        raise ConfigError(
+            f"`resume_dir` must be None but for method='blockwise': got resume_dir={str(folder)!r}. The other methods "
+            "write nothing before they are done; call them again."
+        )
+    data = {"batch_size": batches[0].shape[0], "tokens_sha256": fingerprint(torch.cat(batches))}
+    return Progress(Path(folder), base, slots, {**asdict(options), **data})
+
+
+def _run(
+    base: nn.Module,
+    slots: list[Slot],
+    batches: list[Tensor],
+    options: ClipOptions,
+    advance: Callable[[str], None],
+    progress: Progress,
 ) -> tuple[Sweep, list[BlockReport]]:
     with Display() as display:
+        if isinstance(options, BlockwiseOptions):
+            sweep = Sweep(options, len(batches), display, advance)
+            return sweep, list(reconstruct(base, slots, batches, sweep, progress))
         if isinstance(options, AwqOptions):
             scaling = AwqSweep(options, len(batches), display, advance)
             scaling.run(base, slots, batches)
@@ -123,14 +152,6 @@ def _sweep(
             display.clear()
     sweep.apply(slots)
     return sweep, []
-
-
-def _reconstruct(
-    base: nn.Module, slots: list[Slot], batches: list[Tensor], options: Any, advance: Callable[[str], None]
-) -> tuple[Sweep, list[BlockReport]]:
-    with Display() as display:
-        sweep = Sweep(options, len(batches), display, advance)
-        return sweep, list(reconstruct(base, slots, batches, sweep, options))
 
 
 def _result(
@@ -162,18 +183,3 @@ def _batches(windows: Tensor, batch_size: int | None, method: str, device: torch
     if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
         raise ConfigError(f"`batch_size` must be a positive integer: got batch_size={batch_size!r}. Use 8.")
     return list(torch.split(windows.to(device), batch_size))
-
-
-@contextmanager
-def _borrowed(model: nn.Module) -> Iterator[None]:
-    """Put a model into eval mode and give it back, module by module, as it was; `requires_grad` too."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-        for parameter, flag in trained:
-            parameter.requires_grad_(flag)

@@ -26,15 +26,17 @@ from torch.nn import functional as F
 
 from bitdistiller_peft.calibration.blocks import BlockRunner
 from bitdistiller_peft.calibration.options import BlockwiseOptions
+from bitdistiller_peft.calibration.progress import Progress
 from bitdistiller_peft.calibration.result import BlockReport
-from bitdistiller_peft.calibration.slots import Display, Slot, full_precision
+from bitdistiller_peft.calibration.slots import Display, Slot
 from bitdistiller_peft.calibration.sweep import Finding, Segment, Sweep, blocks_to_visit, sort_by_block
-from bitdistiller_peft.errors import StateError, TrainingError
+from bitdistiller_peft.errors import ConfigError, StateError, TrainingError
 from bitdistiller_peft.layers import SUFFIXES, ZERO_POINT
+from bitdistiller_peft.tuner import full_precision
 
 
 def reconstruct(
-    model: nn.Module, slots: list[Slot], batches: Sequence[Tensor], sweep: Sweep, options: BlockwiseOptions
+    model: nn.Module, slots: list[Slot], batches: Sequence[Tensor], sweep: Sweep, progress: Progress
 ) -> Iterator[BlockReport]:
     """Calibrate and train block after block, in place.
 
@@ -42,8 +44,8 @@ def reconstruct(
         model: the transformers model with overlays in it, in eval mode.
         slots: the quantized parameters.
         batches: token ids; one batch is one training step.
-        sweep: the clip search.
-        options: how to train.
+        sweep: the clip search, with the options of the training.
+        progress: the blocks that an earlier call finished, and where to keep those of this one.
 
     Yields:
         A report for each block.
@@ -52,12 +54,15 @@ def reconstruct(
         StateError: the model cannot be run block by block.
         TrainingError: a loss is not finite; the block is named and is as it was.
     """
+    options: Any = sweep.options  # those of the training are among them
     runner = BlockRunner.create(model, [slot.layer for slot in slots], batches[0])
     if runner is None:
         raise StateError(
             f"the model must run block by block: {type(model).__name__} does not. Use method='clip', which needs not."
         )
     by_block, outside = sort_by_block(runner.names, slots)
+    _check_outside(outside, options)
+    progress.check_untouched(outside)
     before = Segment("before the blocks", outside, lambda index: runner.run_before(batches[index]))
     left = sweep.search(before)
     sweep.apply([slot for slot in outside if slot not in left])
@@ -66,14 +71,32 @@ def reconstruct(
     hidden = runner.record(batches)
     for number in blocks_to_visit(by_block, left):
         work = _Block(runner, number, by_block[number], hidden, targets)
-        if work.slots:
-            yield work.reconstruct(sweep, options)
+        report = progress.restore(work.name, work.slots, sweep)
+        if report is None and work.slots:
+            report = work.reconstruct(sweep, options)
+            progress.keep(report, work.slots, sweep)
         else:
             work.pass_by(options)
+        if report is not None:
+            yield report
     # the head, if it is quantized, by the clip search alone
     after = Segment("after the blocks", left, lambda index: runner.run_after(batches[index], hidden[index]))
     sweep.give_up(sweep.search(after))
     sweep.apply(left)
+
+
+def _check_outside(outside: Sequence[Slot], options: BlockwiseOptions) -> None:
+    """Refuse, before anything is changed, what is in no block and cannot be searched: nothing else is done there."""
+    for slot in outside:
+        if options.skips(slot.layer_name):
+            continue
+        try:
+            slot.check_searchable()
+        except ConfigError as error:
+            raise ConfigError(
+                f"{error} This layer is in no decoder block, where method='blockwise' only searches ranges, also with "
+                f"clip_search=False: pass skip=({slot.layer_name.rpartition('.')[2]!r},)."
+            ) from None
 
 
 class _Block:
@@ -82,7 +105,7 @@ class _Block:
     def __init__(
         self, runner: BlockRunner, number: int, slots: list[Slot], hidden: list[Tensor], targets: list[Tensor]
     ) -> None:
-        self.block, self.name, self.slots = runner.blocks[number], runner.names[number], slots
+        self.model, self.block, self.name, self.slots = runner.model, runner.blocks[number], runner.names[number], slots
         self.hidden, self.targets = hidden, targets
         self._run = partial(runner.run, number)
         self._sample = range(0, len(hidden), max(1, len(hidden) // 16))  # enough to tell the error
@@ -107,14 +130,14 @@ class _Block:
         return BlockReport(self.name, before, clipped, after, time.perf_counter() - started)
 
     def pass_by(self, options: BlockwiseOptions) -> None:
-        """Move on through a block without quantized parameters."""
+        """Move on through a block without quantized parameters, or one that is finished."""
         self._make_targets(options.targets)
         self._move_on()
 
     @torch.no_grad()
     def _make_targets(self, source: str) -> None:
         entering = self.targets if source == "full" else self.hidden
-        with full_precision(self.block), _fast_dtype(self.hidden[0]):
+        with full_precision(self.model), _fast_dtype(self.hidden[0]):
             for index, states in enumerate(entering):
                 self.targets[index] = self._run(index, states)
 
@@ -172,9 +195,10 @@ class _Block:
                 parameter.grad = None
 
     def _loss(self, index: int, options: BlockwiseOptions) -> Tensor:
-        with torch.enable_grad(), _fast_dtype(self.hidden[0]):
-            output = self._run(index, self.hidden[index])
-        return F.mse_loss(*self._compared(output, index, options))
+        with torch.enable_grad():
+            with _fast_dtype(self.hidden[0]):
+                output = self._run(index, self.hidden[index])
+            return F.mse_loss(*self._compared(output, index, options))
 
     def _compared(self, output: Tensor, index: int, options: BlockwiseOptions) -> tuple[Tensor, Tensor]:
         """Output and target as they are to be compared, in fp32."""

@@ -110,7 +110,7 @@ class _Quantized:
 def _plain(weight: Tensor, spec: QuantSpec) -> _Quantized:
     """Min-max and rounding to nearest, as a student with learned scales stores it."""
     weight = weight.detach()
-    params = as_learned(find_params(weight, spec), spec)
+    params = store_learned_params(find_params(weight, spec), spec)  # an absent sign's scale is not 0 any more
     quantizer = get_quantizer(spec.grid)
     codes = quantizer.quantize(to_groups(weight.float(), spec.group_size), params, spec)
     return _Quantized(weight, params, quantizer.dequantize(codes, params, spec).reshape(weight.shape))
@@ -132,11 +132,6 @@ def plain_values(weight: Tensor, spec: QuantSpec) -> Tensor:
         WeightError, ScaleRangeError: see `find_params`.
     """
     return _plain(weight, spec).values
-
-
-def as_learned(params: QuantParams, spec: QuantSpec) -> QuantParams:
-    """The parameters as they come back from a student that learns its scales: an absent sign's scale is not 0."""
-    return store_learned_params(params, spec)
 
 
 class _Work:
@@ -197,7 +192,7 @@ class _Work:
             params = self.quantizer.params_from_range(found.low, found.high, self.spec)
         else:
             params = self.quantizer.find_params(to_groups(part, self.spec.group_size), self.spec)
-        return as_learned(params, self.spec)
+        return store_learned_params(params, self.spec)
 
     def _round(self, row: Tensor, params: QuantParams) -> Tensor:
         codes = self.quantizer.quantize(row[:, None, None], params, self.spec)

@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from bitdistiller_peft._version import library_version
 from bitdistiller_peft.calibration.slots import Slot, find_student
 from bitdistiller_peft.errors import CheckpointError, StateError
+from bitdistiller_peft.hub.atomic import write_tensors
 
 FORMAT = "bitdistiller_calibration"
 FORMAT_VERSION = 1
@@ -124,7 +124,7 @@ class CalibrationResult:
         return _table(("parameter", "error before", "after", "min x", "max x", "seconds", ""), rows)
 
     def save(self, path: str | Path) -> Path:
-        """Write ranges and reports to one safetensors file.
+        """Write ranges and reports to one safetensors file, which is whole or not there.
 
         Args:
             path: the file; its folder must exist.
@@ -143,10 +143,10 @@ class CalibrationResult:
             "clip_weights": self.clip_weights,
             "data": dict(self.data),
             "specs": dict(self.specs),
-            "layers": [_plain(report) for report in self.layers],
-            "blocks": [_plain(report) for report in self.blocks],
+            "layers": [without_nan(asdict(report)) for report in self.layers],
+            "blocks": [without_nan(asdict(report)) for report in self.blocks],
         }
-        save_file(tensors, path, metadata={FORMAT: json.dumps(about, allow_nan=False, sort_keys=True)})
+        write_tensors(Path(path), tensors, {FORMAT: json.dumps(about, allow_nan=False, sort_keys=True)})
         return Path(path)
 
     @classmethod
@@ -180,11 +180,11 @@ class CalibrationResult:
         names = [key.removesuffix(LOW) for key in tensors if key.endswith(LOW)]
         return cls(
             about["method"],
-            [LayerReport(**_restored(report)) for report in about["layers"]],
+            [LayerReport(**with_nan(report)) for report in about["layers"]],
             {name: (tensors[name + LOW], tensors[name + HIGH]) for name in names},
             dict(about["specs"].items()),
             dict(about["data"].items()),
-            [BlockReport(**_restored(report)) for report in about["blocks"]],
+            [BlockReport(**with_nan(report)) for report in about["blocks"]],
             about["clip_weights"] is True,
         )
 
@@ -250,11 +250,11 @@ def _table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> list[str]:
     return ["  ".join(row).rstrip() for row in cells]
 
 
-def _plain(report: LayerReport | BlockReport) -> dict[str, Any]:
+def without_nan(values: dict[str, Any]) -> dict[str, Any]:
     """JSON has no NaN: what was not measured is null."""
-    values = asdict(report)
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
-def _restored(values: dict[str, Any]) -> dict[str, Any]:
+def with_nan(values: dict[str, Any]) -> dict[str, Any]:
+    """Undo `without_nan`."""
     return {key: math.nan if value is None else value for key, value in values.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -241,16 +240,3 @@ class Display:
         for student in self._shown.values():
             student.__dict__.pop("forward", None)
         self._shown.clear()
-
-
-@contextmanager
-def full_precision(root: nn.Module) -> Iterator[None]:
-    """Make every overlay under `root` the full-precision teacher, without PEFT's switching of `requires_grad`."""
-    switched = [m for m in root.modules() if getattr(m, "_disable_adapters", None) is False]
-    for module in switched:
-        module._disable_adapters = True  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        for module in switched:
-            module._disable_adapters = False  # type: ignore[assignment]

@@ -221,7 +221,7 @@ def check_values(model: nn.Module, in_features: dict[str, int], files: dict[str,
             _check_loaded(f"{module_name}.{key}", tensor)
         if full_name in in_features:
             try:
-                _check_packed(present, name, spec, in_features[full_name])
+                check_packed(present, name, spec, in_features[full_name])
             except BitDistillerError as error:
                 where = f" in {files[full_name]}" if files and full_name in files else ""
                 raise CheckpointError(
@@ -249,7 +249,19 @@ def _check_finite(name: str, tensor: Tensor, file: str) -> None:
         )
 
 
-def _check_packed(tensors: dict[str, Tensor], name: str, spec: QuantSpec, in_features: int) -> None:
+def check_packed(tensors: dict[str, Tensor], name: str, spec: QuantSpec, in_features: int) -> None:
+    """Refuse values of a packed weight and its companions that no packing can have produced.
+
+    Args:
+        tensors: the words and what belongs to them, by name: `name` and `name` with a suffix.
+        name: the weight's name.
+        spec: how it was quantized.
+        in_features: its input width.
+
+    Raises:
+        ScaleRangeError, WeightError, CheckpointError: a scale is not usable, a code stands for nothing, or unused bits
+            are set.
+    """
     for key, tensor in tensors.items():
         if key == name + SCALE_RESIDUAL:
             check_residual_scale(tensor)

@@ -89,7 +89,7 @@ def convert_skeleton(model: nn.Module, config: BitDistillerQuantConfig) -> list[
 
 
 def _convert_one(model: nn.Module, name: str, module: nn.Module, config: BitDistillerQuantConfig) -> None:
-    spec = config.spec(_override_name(name, config))
+    spec = config.spec(override_name(name, config))
     if is_experts(module):
         check_expert_inputs(config.activation_bits, config.subln)
         _convert_experts(module, name, spec, config)
@@ -177,6 +177,6 @@ def check_expert_inputs(activation_bits: int | None, subln: str) -> None:
         )
 
 
-def _override_name(name: str, config: BitDistillerQuantConfig) -> str | None:
+def override_name(name: str, config: BitDistillerQuantConfig) -> str | None:
     """The key in `config.overrides` that means this module, allowing for a missing prefix."""
     return next((key for key in config.overrides if is_skipped(name, [key])), None)

@@ -8,7 +8,6 @@ marker. Killed before, what was there before is untouched; killed in between, th
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import shutil
@@ -22,6 +21,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from bitdistiller_peft.errors import CheckpointError
+from bitdistiller_peft.hub.atomic import sync
 from bitdistiller_peft.hub.card import CARD_NAME, write_card
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME, read_manifest, write_manifest, write_marker
@@ -126,7 +126,8 @@ def _complete(
     """Write card and manifest beside the weights; a model with adapters only has saved those."""
     config = model.config.quantization_config
     if isinstance(config, BitDistillerQuantConfig) and not getattr(model, "_hf_peft_config_loaded", False):
-        write_card(folder, config, quant_summary(model), location, tags)
+        summary = quant_summary(model)
+        write_card(folder, config, summary.with_files(folder) if config.state == "packed" else summary, location, tags)
         write_manifest(folder, config.written_by, keep={} if old is None else _still_there(old))
 
 
@@ -146,7 +147,7 @@ def _staged(folder: Path) -> Iterator[Path]:
     try:
         yield stage
         for file in stage.iterdir():
-            _sync(file)
+            sync(file)
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"`save_directory` must have room and stay writable: got {str(folder)!r} ({error}). Free some space or "
@@ -169,10 +170,10 @@ def _take_place(stage: Path, folder: Path) -> None:
                 file.unlink()  # transformers would load the single file of an earlier save in place of new shards
     for name in sorted(new - {MANIFEST_NAME}):
         (stage / name).replace(folder / name)
-    _sync(folder)
+    sync(folder)
     if MANIFEST_NAME in new:
         (stage / MANIFEST_NAME).replace(folder / MANIFEST_NAME)
-        _sync(folder)
+        sync(folder)
 
 
 def _sweep(folder: Path) -> None:
@@ -193,20 +194,6 @@ def _is_alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def _sync(path: Path) -> None:
-    """Flush a file or folder to disk, where folders can be opened (not on Windows)."""
-    if path.is_dir() and os.name == "nt":
-        return
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if path.is_file() or error.errno != errno.EINVAL:  # some network file systems cannot sync folders
-            raise
-    finally:
-        os.close(handle)
 
 
 def _check_folder(save_directory: str | os.PathLike[str]) -> Path:

@@ -1,15 +1,46 @@
-"""What a model is made of: bits, groups, and the true number of bits per weight, everything counted."""
+"""What a model is made of: bits, groups, parts, and the true number of bits per weight, everything counted."""
 
 from __future__ import annotations
 
+import os
+import re
 from collections import defaultdict
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 from torch import Tensor, nn
 
 from bitdistiller_peft.kernels import backend_info
-from bitdistiller_peft.layers import PackedExperts, PackedLinear, iter_quantized, packed_layout
+from bitdistiller_peft.layers import ZERO_POINT, PackedExperts, PackedLinear, iter_quantized, packed_layout
 from bitdistiller_peft.quantizers import QuantSpec
+
+CODES, SCALES, ZERO_POINTS, EMBEDDINGS, HEAD, NORMS, OTHER, PADDING, METADATA = PARTS = (
+    "codes",
+    "scales",
+    "zero points",
+    "embeddings",
+    "head",
+    "norms",
+    "other",
+    "padding",
+    "metadata",
+)
+
+
+@dataclass(frozen=True)
+class PartSize:
+    """What one part of a packed model takes; the parts together are the file, to the last bit.
+
+    Attributes:
+        part: one of `PARTS`. Padding is what fills up the last word of rows of codes and zero points, metadata the
+            header of the files; a quantized head counts as codes and scales, a tied one as embeddings.
+        num_weights: weights of the model that it holds; 0 for what only serves others.
+        stored_bits: its size.
+    """
+
+    part: str
+    num_weights: int
+    stored_bits: int
 
 
 @dataclass(frozen=True)
@@ -42,10 +73,12 @@ class QuantSummary:
     Attributes:
         rows: one for each kind of weights.
         device: type of the device that packed weights are on; empty where there are none.
+        parts: the same bits by part, without the metadata of files; see `with_files`.
     """
 
     rows: tuple[SummaryRow, ...]
     device: str = field(default="", compare=False)
+    parts: tuple[PartSize, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -75,23 +108,53 @@ class QuantSummary:
         modules = str(sum(row.num_modules for row in self.rows))
         return [header, *lines, ["total", "", "", "", modules, f"{total:,}", f"{self.bits_per_weight:.3f}"]]
 
+    def with_files(self, folder: str | os.PathLike[str], pattern: str = "*.safetensors") -> QuantSummary:
+        """The summary with what the files take beyond their tensors, as a part of its own.
+
+        Args:
+            folder: where the packed model was saved.
+            pattern: of the weight files.
+        """
+        on_disk = 8 * sum(path.stat().st_size for path in Path(folder).glob(pattern))
+        parts = [part for part in self.parts if part.part != METADATA]
+        extra = on_disk - sum(part.stored_bits for part in parts)
+        return replace(self, parts=(*parts, PartSize(METADATA, 0, extra)))
+
+    def _part_cells(self) -> list[list[str]]:
+        bits, weights = sum(p.stored_bits for p in self.parts), max(1, sum(p.num_weights for p in self.parts))
+        lines = [
+            [
+                part.part,
+                f"{part.num_weights:,}" if part.num_weights else "",
+                f"{part.stored_bits / 8:,.10g}",
+                f"{part.stored_bits / weights:.4f}",
+            ]
+            for part in self.parts
+        ]
+        header = ["part", "weights", "bytes", "bits per weight of the model"]
+        return [header, *lines, ["total", f"{weights:,}", f"{bits / 8:,.10g}", f"{bits / weights:.4f}"]]
+
     def to_markdown(self) -> str:
-        """The table for a model card."""
-        header, *lines = self._cells()
-        rows = [header, ["---"] * len(header), *lines]
-        return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+        """The tables for a model card: by kind, then by part."""
+        return f"{_markdown(self._cells())}\n\n{_markdown(self._part_cells())}"
 
     def __str__(self) -> str:
-        cells = self._cells()
-        widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells
-        ]
-        lines.insert(1, "-" * max(map(len, lines)))
+        lines = [*_aligned(self._cells()), "", *_aligned(self._part_cells()), ""]
         lines.append(f"packed size: {self.num_bytes / 2**20:,.1f} MiB")
         if self.device:
             lines.append(f"kernels on {self.device}: {backend_info(self.device)}")
         return "\n".join(lines)
+
+
+def _markdown(cells: list[list[str]]) -> str:
+    header, *lines = cells
+    return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *lines))
+
+
+def _aligned(cells: list[list[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in cells) for column in range(len(cells[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in cells]
+    return [lines[0], "-" * max(map(len, lines)), *lines[1:]]
 
 
 def quant_summary(model: nn.Module) -> QuantSummary:
@@ -101,6 +164,7 @@ def quant_summary(model: nn.Module) -> QuantSummary:
         model: any model; what is not quantized is counted as it is. Of several adapters, the active one counts.
     """
     quantized: dict[tuple[str, int, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    parts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     counted: set[int] = set()
     device = ""
     for module_name, module, name, spec in iter_quantized(model):
@@ -112,15 +176,23 @@ def quant_summary(model: nn.Module) -> QuantSummary:
         if state == "packed":
             device = getattr(module, name).device.type
         kind = (spec.grid.name, spec.grid.bits, str(spec.group_size), state)
-        _add(quantized[kind], _numel(shape), _stored_bits(spec, shape))
+        sizes = _sizes(spec, shape)
+        _add(quantized[kind], _numel(shape), sum(sizes.values()))
+        parts[CODES][0] += _numel(shape)
+        for part, bits in sizes.items():
+            parts[part][1] += bits
+    tables = _tables(model)
     plain: dict[tuple[str, int, str, str], list[int]] = defaultdict(lambda: [0, 0, 0])
     for full_name, parameter in model.named_parameters():  # tied parameters come once
         if id(parameter) not in counted and not _is_left_behind(model, full_name):
             width = parameter.element_size() * 8
             kind = (str(parameter.dtype).removeprefix("torch."), width, "", "full precision")
             _add(plain[kind], parameter.numel(), parameter.numel() * width)
+            entry = parts[tables.get(id(parameter)) or _plain_part(full_name)]
+            entry[0], entry[1] = entry[0] + parameter.numel(), entry[1] + parameter.numel() * width
     merged = {**dict(sorted(quantized.items())), **dict(sorted(plain.items()))}
-    return QuantSummary(tuple(SummaryRow(*kind, *counts) for kind, counts in merged.items()), device)
+    found = tuple(PartSize(part, *parts[part]) for part in PARTS if part in parts and parts[part][1])
+    return QuantSummary(tuple(SummaryRow(*kind, *counts) for kind, counts in merged.items()), device, found)
 
 
 def print_quant_summary(model: nn.Module) -> None:
@@ -141,8 +213,37 @@ def _numel(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _stored_bits(spec: QuantSpec, shape: tuple[int, ...]) -> int:
-    return sum(_numel(size) * dtype.itemsize * 8 for size, dtype in packed_layout(spec, shape).values())
+def _sizes(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, int]:
+    """Bits that a quantized weight ``[..., out, in]`` takes, by part."""
+    sizes: dict[str, int] = defaultdict(int)
+    for suffix, (size, dtype) in packed_layout(spec, shape).items():
+        bits = _numel(size) * dtype.itemsize * 8
+        if suffix not in ("", ZERO_POINT):
+            sizes[SCALES] += bits
+            continue
+        if suffix == "" and spec.packing == "base3":  # five codes a byte; one that is begun counts whole
+            used = _numel(shape[:-1]) * -(-shape[-1] // 5) * 8
+        else:
+            used = _numel(shape if suffix == "" else spec.param_shape(shape)) * spec.grid.bits
+        sizes[CODES if suffix == "" else ZERO_POINTS] += used
+        sizes[PADDING] += bits - used
+    return sizes
+
+
+def _tables(model: nn.Module) -> dict[int, str]:
+    """Which parameters are the embeddings and the output head, by identity; tied ones are embeddings."""
+    found: dict[int, str] = {}
+    for getter, part in (("get_output_embeddings", HEAD), ("get_input_embeddings", EMBEDDINGS)):
+        table: nn.Module | None = getattr(model, getter)() if callable(getattr(model, getter, None)) else None
+        # all of it: a trained copy stands inside a wrapper of PEFT's
+        found |= {} if table is None else {id(parameter): part for parameter in table.parameters()}
+    return found
+
+
+def _plain_part(full_name: str) -> str:
+    if re.search(r"embed|wte|wpe", full_name):
+        return EMBEDDINGS
+    return NORMS if re.search(r"norm|ln_|subln", full_name) else OTHER
 
 
 def _dense_shape(module: nn.Module, name: str) -> tuple[int, ...]:

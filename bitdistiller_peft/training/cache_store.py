@@ -19,11 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from bitdistiller_peft._version import library_version
 from bitdistiller_peft.errors import CheckpointError, ConfigError, StateError, UnknownNameError
+from bitdistiller_peft.hub.atomic import write_text
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME as CHECKSUMS_NAME
 from bitdistiller_peft.hub.manifest import verify_files, write_manifest
 from bitdistiller_peft.losses import Head
@@ -127,7 +127,7 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> None:
     if any(folder.glob("*.safetensors")):
         raise ConfigError(f"`output_dir` must hold a cache, or nothing: got other weights in {folder}. Use another.")
     content = {"format": FORMAT, "format_version": FORMAT_VERSION, **identity}
-    _write_atomically(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
+    write_text(path, json.dumps(content, indent=1, sort_keys=True) + "\n")
 
 
 def shard_path(folder: Path, index: int) -> Path:
@@ -135,23 +135,10 @@ def shard_path(folder: Path, index: int) -> Path:
     return folder / f"shard-{index:05d}.safetensors"
 
 
-def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a file under its final name only once it is whole."""
-    temporary = path.with_suffix(".part")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.replace(path)
-
-
 def finish(folder: Path) -> None:
     """Write the checksums, which make the cache complete."""
     if not (folder / CHECKSUMS_NAME).exists():
         write_manifest(folder, f"bitdistiller_peft {library_version()}")
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bitdistiller_peft.errors import ConfigError, DataError, StateError, TrainingError
+from bitdistiller_peft.hub.atomic import write_tensors
 from bitdistiller_peft.layers import iter_quantized
 from bitdistiller_peft.losses import Head
 from bitdistiller_peft.losses.projection import project
@@ -27,7 +28,6 @@ from bitdistiller_peft.training.cache_store import (
     begin,
     finish,
     shard_path,
-    write_shard,
 )
 from bitdistiller_peft.training.documents import Document, digest_of, fingerprint_documents, iter_documents
 from bitdistiller_peft.training.fingerprints import fingerprint_template, fingerprint_tokenizer, fingerprint_weights
@@ -98,12 +98,12 @@ def cache_teacher(
         check_room(folder, estimate(documents, layout, head))
         if kind == "hidden" and not (folder / HEAD_NAME).exists():
             bias = {} if head.bias is None else {"bias": head.bias.cpu()}
-            write_shard(folder / HEAD_NAME, {"weight": head.weight.cpu(), **bias})
+            write_tensors(folder / HEAD_NAME, {"weight": head.weight.cpu(), **bias})
         with tqdm(total=len(documents), desc="Teacher cache", unit="doc", disable=not show_progress) as bar:
             for index, digests in enumerate(plan):
                 if not shard_path(folder, index).exists():
                     answers = _ask(base, head, layout, [documents[digest] for digest in digests], batch_size)
-                    write_shard(shard_path(folder, index), answers | _index(digests, documents))
+                    write_tensors(shard_path(folder, index), answers | _index(digests, documents))
                 bar.update(len(digests))
     finish(folder)
     return TeacherCache(folder)

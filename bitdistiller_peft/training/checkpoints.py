@@ -21,10 +21,12 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from bitdistiller_peft._version import library_version
 from bitdistiller_peft.errors import CheckpointError
+from bitdistiller_peft.hub.atomic import write_text
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "bitdistiller-checkpoint.json"
+AUTO = "auto"
 _CHUNK = 1 << 24
 _STATE = "trainer_state.json"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "pytorch_model_fsdp*", "global_step*")
@@ -51,9 +53,7 @@ def write_manifest(folder: Path) -> None:
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST_NAME)
     files = {path.relative_to(folder).as_posix(): _describe(path) for path in paths}
     content = {"format_version": 1, "written_by": f"bitdistiller_peft {library_version()}", "files": files}
-    temporary = folder / f"{MANIFEST_NAME}.tmp"
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(folder / MANIFEST_NAME)
+    write_text(folder / MANIFEST_NAME, json.dumps(content, indent=1) + "\n")
 
 
 def damage_of(folder: Path) -> str | None:
@@ -86,17 +86,19 @@ def resumable(resume: str | bool, output_dir: str) -> str | None:
     """Choose the checkpoint that a run goes on from.
 
     Args:
-        resume: its folder, or True for the newest whole one in `output_dir`.
+        resume: its folder; True for the newest whole one in `output_dir`; or `"auto"` for that, or a new start where
+            there is none, as after a kill before the first was written.
         output_dir: of the run.
 
     Returns:
-        The folder; None where there is no checkpoint at all.
+        The folder; None where there is no checkpoint at all, or, with `"auto"`, no whole one.
 
     Raises:
-        CheckpointError: the named one, or every one, is damaged; or the optimizer's state was not saved.
+        CheckpointError: the named one, or (but for `"auto"`) every one, is damaged; or the optimizer's state was not
+            saved.
     """
     candidates = _newest_first(Path(output_dir))
-    if resume is not True:
+    if resume is not True and resume != AUTO:
         folder = Path(resume)  # type: ignore[arg-type]
         fault = damage_of(folder)
         if fault is not None:
@@ -114,8 +116,13 @@ def resumable(resume: str | bool, output_dir: str) -> str | None:
             _require_optimizer(folder)
             return str(folder)
         faults.append(f"{folder}: {fault}")
-    if faults:
-        raise CheckpointError(f"a checkpoint in {output_dir} must be whole: {'; '.join(faults)}. Start anew.")
+    if faults and resume == AUTO:
+        logger.warning("No checkpoint in %s is whole: %s. Starting anew.", output_dir, "; ".join(faults))
+    elif faults:
+        raise CheckpointError(
+            f"a checkpoint in {output_dir} must be whole: {'; '.join(faults)}. Start anew, which "
+            f'resume_from_checkpoint="{AUTO}" does by itself.'
+        )
     return None
 
 

@@ -10,15 +10,17 @@ from typing import Any, Self
 import torch
 from trl import SFTConfig
 
-from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.errors import ConfigError, UnknownNameError
 from bitdistiller_peft.losses import Objective, RelationObjective
 from bitdistiller_peft.recipes import declare_fields, get_recipe
+from bitdistiller_peft.training.released import RELEASED, released_faults
 
 ESTIMATE = "estimate"
 PER_TOKEN = "per_token"
 CACHED = "cached"
 QUANTIZED = "quantized"
 OFFLOAD = "offload"
+ARITHMETICS = ("default", RELEASED)
 
 
 @dataclass
@@ -49,6 +51,9 @@ class DistillConfig(SFTConfig):
         rescale_temperature: multiply divergences by the square of the temperature.
         jsd_beta: the teacher's share of the mixture in `"jsd"`.
         loss_tile_tokens: tokens whose logits are held at once; `None` lets the vocabulary decide.
+        arithmetic: `"released"` takes gamma, the mask of the loss and its reduction (a sum over tokens, a mean over
+            texts) as BitDistiller's released code does, to compare results like for like; what is logged stays a mean
+            over tokens. `BitDistillerConfig` has the same field.
         teacher: `"self"` for the student's own frozen full-precision weights; the path or Hub name of a model; or the
             student's base model in another place: `"quantized"` (bitsandbytes, 8 bits; 4 with
             ``teacher_init_kwargs={"load_in_4bit": True}``), `"offload"` (in main memory, streamed layer by layer) or
@@ -102,6 +107,9 @@ class DistillConfig(SFTConfig):
     loss_tile_tokens: int | None = field(
         default=None, metadata={"help": "Tokens whose logits are held at once; by default the vocabulary decides."}
     )
+    arithmetic: str = field(
+        default="default", metadata={"help": "'released' computes as BitDistiller's released code does."}
+    )
     teacher: str = field(
         default="self",
         metadata={"help": "'self', 'cached', 'quantized', 'offload', or the path or Hub name of a model."},
@@ -145,6 +153,8 @@ class DistillConfig(SFTConfig):
         if not torch.accelerator.is_available():
             self.use_cpu = True  # it will be the CPU anyway; unsaid, TRL's bf16 default is refused there
         super().__post_init__()
+        if self.arithmetic not in ARITHMETICS:
+            raise UnknownNameError("arithmetic", self.arithmetic, ARITHMETICS)
         self.gamma = _as_gamma(self.gamma)
         self.loss_weights = _as_dict("loss_weights", self.loss_weights)
         self.teacher_init_kwargs = _as_dict("teacher_init_kwargs", self.teacher_init_kwargs)
@@ -153,6 +163,7 @@ class DistillConfig(SFTConfig):
         self.objective(0.5)
         self.relation_objective()
         faults = [*self._range_faults(), *self._unsupported_faults(), *self._cache_faults()]
+        faults += released_faults(self) if self.is_released else []
         if faults:
             raise ConfigError("\n".join(faults))
 
@@ -160,6 +171,11 @@ class DistillConfig(SFTConfig):
     def teacher_kwargs(self) -> dict[str, Any]:
         """`teacher_init_kwargs`, as a dictionary in any case."""
         return self.teacher_init_kwargs if isinstance(self.teacher_init_kwargs, dict) else {}
+
+    @property
+    def is_released(self) -> bool:
+        """Whether to compute as BitDistiller's released code does."""
+        return self.arithmetic == RELEASED
 
     @property
     def uses_gamma(self) -> bool:
@@ -182,6 +198,7 @@ class DistillConfig(SFTConfig):
             rescale_temperature=self.rescale_temperature,
             ce_weight=self.ce_weight,
             jsd_beta=self.jsd_beta,
+            largest_gamma=1 + 1 / max(1, self.gamma_num_batches - 1) if self.is_released else 1.0,
             weights={self.loss_type: self.logits_weight} if is_weighted else weights,
         )
 

@@ -69,11 +69,13 @@ class DistillTarget:
     """What the student's forward pass needs to know to compute its loss."""
 
     labels: Tensor
-    """`[batch, time]`, not shifted"""
+    """`[batch, time]`, not shifted unless they are `aligned`"""
     objective: Objective
     teacher: HiddenStates | SparseStates | None = None
     tile_tokens: int | None = None
     relations: RelationTarget | None = None
+    aligned: bool = False
+    """whether the label at t already is what t predicts"""
 
 
 @dataclass
@@ -168,12 +170,13 @@ def _score(hidden: Tensor, head: Head, distill: DistillTarget) -> DistillOutput:
             states = teacher.hidden.to(hidden.device).flatten(0, 1)
         case SparseStates() as teacher:
             states = teacher.flat(hidden.device)
+    labels = distill.labels.to(hidden.device)
     output = distillation_loss(
         hidden.flatten(0, 1),
         head,
         states,
         distill.teacher.head if isinstance(distill.teacher, HiddenStates) else None,
-        shift_labels(distill.labels.to(hidden.device)).flatten(),
+        (labels if distill.aligned else shift_labels(labels)).flatten(),
         objective=distill.objective,
         tile_tokens=distill.tile_tokens,
     )

@@ -61,7 +61,7 @@ class GracefulStop(TrainerCallback):
         self.received = self._agreed(args.device)
         if self.received is not None:
             name = signal.Signals(self.received).name
-            logger.warning("%s: saving step %d. Go on with resume_from_checkpoint=True.", name, state.global_step)
+            logger.warning("%s: saving step %d. Go on with resume_from_checkpoint='auto'.", name, state.global_step)
             control.should_save = control.should_training_stop = True
 
     def _agreed(self, device: torch.device) -> int | None:

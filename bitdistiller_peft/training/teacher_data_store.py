@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistiller_peft.errors import CheckpointError, ConfigError, StateError
+from bitdistiller_peft.hub.atomic import sync, write_text
 
 MANIFEST_NAME = "manifest.json"
 PART_NAME = "teacher_data.part.jsonl"
@@ -58,7 +58,7 @@ class TeacherDataStore:
             return
         self.rows = _recover(folder / PART_NAME, self.num_prompts, batch_size)
         manifest["sessions"].append({"first_prompt": len(self.rows), **provenance})
-        _write_atomically(folder / MANIFEST_NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+        write_text(folder / MANIFEST_NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
     def append(self, rows: Sequence[Row]) -> None:
         """Keep a batch of rows; when this returns, they survive a power cut."""
@@ -73,7 +73,7 @@ class TeacherDataStore:
         """Give a complete file its final name."""
         if self.folder is not None and not (self.folder / DATA_NAME).exists():
             (self.folder / PART_NAME).replace(self.folder / DATA_NAME)
-            _sync_folder(self.folder)
+            sync(self.folder)
 
 
 def read_finished(folder: Path) -> list[Row]:
@@ -187,23 +187,3 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _count_lines(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make a rename survive a power cut, where folders can be opened (not on Windows)."""
-    with contextlib.suppress(OSError):
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)

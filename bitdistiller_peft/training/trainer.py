@@ -23,7 +23,7 @@ from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.losses import IGNORE_INDEX, Objective
 from bitdistiller_peft.training.cached import CachedTeacher
 from bitdistiller_peft.training.card import card_text
-from bitdistiller_peft.training.checkpoints import CheckpointManifest, resumable
+from bitdistiller_peft.training.checkpoints import AUTO, CheckpointManifest, resumable
 from bitdistiller_peft.training.checks import (
     check_dataset,
     check_master_dtype,
@@ -46,6 +46,7 @@ from bitdistiller_peft.training.metrics import FlipCounter, Meter, RunMemory, St
 from bitdistiller_peft.training.optimizer import split_groups, without_learned
 from bitdistiller_peft.training.placement import build_teacher
 from bitdistiller_peft.training.relations import Relations
+from bitdistiller_peft.training.released import released_gamma, released_targets
 from bitdistiller_peft.training.sft import as_sft, config_kept, plain_output_head
 from bitdistiller_peft.training.teachers import Teacher, labels_of, num_tokens, without_labels
 from bitdistiller_peft.tuner import note_provenance
@@ -153,6 +154,8 @@ class DistillTrainer(SFTTrainer):
             keep_columns=not args.remove_unused_columns,
         )
         with torch.random.fork_rng(devices=[]):  # a collator may draw from it
+            if args.is_released:
+                return released_gamma(self._ask, batches, self.accelerator, args.gamma_num_batches)
             return estimate_gamma(self._ask, batches, self.accelerator, tile_tokens=args.loss_tile_tokens)
 
     def _ask(self, inputs: Any) -> Any:
@@ -169,7 +172,8 @@ class DistillTrainer(SFTTrainer):
         SIGTERM and Ctrl-C finish the step and save it first, then end the process (status 143 and 130).
 
         Args:
-            resume_from_checkpoint: a checkpoint, or True for the newest whole one in `output_dir`.
+            resume_from_checkpoint: a checkpoint; True for the newest whole one in `output_dir`; `"auto"` for that, or
+                for a new start where there is none: right for a script that is started again after every kill.
             args: as in `Trainer.train`.
             kwargs: as in `Trainer.train`.
 
@@ -177,7 +181,8 @@ class DistillTrainer(SFTTrainer):
             CheckpointError: the checkpoint is damaged, or has no optimizer state.
         """
         if resume_from_checkpoint:
-            resume_from_checkpoint = resumable(resume_from_checkpoint, self.args.output_dir) or resume_from_checkpoint
+            found = resumable(resume_from_checkpoint, self.args.output_dir)
+            resume_from_checkpoint = found or (None if resume_from_checkpoint == AUTO else resume_from_checkpoint)
         self._objective = self._flips = None
         self.memory.num_tokens = 0
         self._meters["train"] = Meter()
@@ -197,7 +202,7 @@ class DistillTrainer(SFTTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
-        targets = sum(int((labels_of(batch)[..., 1:] != IGNORE_INDEX).sum()) for batch in batches)
+        targets = sum(self._divisor(labels_of(batch)) for batch in batches)
         rows = 0 if self._relations is None else self._relations.rows(batches)
         counts = torch.tensor([targets, sum(map(num_tokens, batches)), rows], device=device)
         counts = self.accelerator.reduce(counts, reduction="sum")
@@ -205,6 +210,10 @@ class DistillTrainer(SFTTrainer):
             self._relations.total_rows = int(counts[2])
         self.memory.num_tokens += int(counts[1])
         return batches, counts[0]
+
+    def _divisor(self, labels: Tensor) -> int:
+        """What the summed loss of a batch is to be divided by: its target tokens, or its texts."""
+        return len(labels) if self.args.is_released else int((labels[..., 1:] != IGNORE_INDEX).sum())
 
     def _before_step(self) -> None:
         """On the first step of a run: gamma, from a checkpoint or estimated, and the codes to compare with."""
@@ -236,14 +245,18 @@ class DistillTrainer(SFTTrainer):
         """
         relations, split = self._relations, "train" if self.model.training else "eval"
         layer = None if relations is None else relations.target
-        target = DistillTarget(labels_of(inputs), self.objective, self._ask(inputs), self.args.loss_tile_tokens, layer)
+        labels, is_aligned = labels_of(inputs), self.args.is_released
+        target = DistillTarget(
+            released_targets(labels) if is_aligned else labels,
+            self.objective, self._ask(inputs), self.args.loss_tile_tokens, layer, is_aligned,
+        )  # fmt: skip
         plain = without_labels(inputs)
         output = model(**plain, distill=target)
         total = output.loss.detach() + (0 if output.relation is None else output.relation.detach())
         if not bool(torch.isfinite(total)):
             raise not_finite("loss", total.item(), self.args, self.state)
         self._meters[split].add(output.sums, output.num_targets)
-        count = output.num_targets if num_items_in_batch is None else num_items_in_batch
+        count = self._divisor(labels) if num_items_in_batch is None else num_items_in_batch
         loss = output.loss / torch.as_tensor(count, device=output.loss.device).clamp(min=1)
         if relations is not None:
             loss = loss + relations.share(output.relation, plain, split, is_whole=num_items_in_batch is None)

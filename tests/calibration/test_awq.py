@@ -14,7 +14,7 @@ from bitdistiller_peft import BitDistillerConfig, get_bitdistiller_model
 from bitdistiller_peft.calibration import CalibrationResult, awq, calibrate
 from bitdistiller_peft.calibration.awq import input_scale
 from bitdistiller_peft.calibration.slots import Display, find_student
-from bitdistiller_peft.errors import BitDistillerError, StateError
+from bitdistiller_peft.errors import BitDistillerError, ConfigError, StateError
 from bitdistiller_peft.quantizers import fake_quantize
 from tests.calibration.models import IDS, student
 from tests.tiny import load, save_base
@@ -246,6 +246,23 @@ def test_a_model_that_is_no_row_of_blocks_is_refused(models: Path, monkeypatch: 
     monkeypatch.setattr(awq.BlockRunner, "create", lambda *args: None)
     with pytest.raises(StateError, match="block by block"):
         run(student(models))
+
+
+def test_a_grid_without_ranges_is_scaled_but_not_searched(models: Path) -> None:
+    model = uneven(models, train_other="norms", grid="r2q")
+    before = state(model)
+    with pytest.raises(ConfigError, match=r"layer 'model\.layers\.0.*clip_search=False"):
+        run(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    exact = teacher(model)
+    result = run(model, clip_search=False)
+    assert sum(r.error_after for r in result.layers) <= sum(r.error_before for r in result.layers)
+    for slot in find_student(model)[1]:
+        assert torch.equal(slot.student(), fake_quantize(slot.weight, slot.spec))
+    assert torch.equal(teacher(model), exact)
+    with torch.no_grad():
+        logits = model(input_ids=IDS).logits
+        assert torch.equal(model.base_model.pack_and_unload(progressbar=False)(input_ids=IDS).logits, logits)
 
 
 @pytest.mark.parametrize(

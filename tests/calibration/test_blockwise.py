@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from bitdistiller_peft.calibration import BlockReport, CalibrationResult, blockwise, calibrate, sweep
-from bitdistiller_peft.calibration.slots import find_student, full_precision
+from bitdistiller_peft.calibration.slots import find_student
 from bitdistiller_peft.errors import ConfigError, StateError, TrainingError, UnknownNameError
+from bitdistiller_peft.tuner import full_precision
 from tests.calibration.models import ARCHITECTURES, IDS, student
 
 QUICK = {"method": "blockwise", "epochs": 4, "learning_rate": 0.02, "show_progress": False}
@@ -260,3 +261,16 @@ def test_no_single_token_decides_a_normalized_loss(models: Path) -> None:
 def test_the_report_is_plain_data() -> None:
     report = BlockReport("model.layers.0", 0.3, 0.1, 0.05, 1.0)
     assert report == BlockReport("model.layers.0", 0.3, 0.1, 0.05, 1.0)
+
+
+def test_a_head_that_cannot_be_searched_is_refused_before_anything_is_done(models: Path) -> None:
+    model = student(models, grid="r2q", target_modules=["down_proj", "lm_head"])
+    before = state(model)
+    with pytest.raises(ConfigError, match=r"layer 'lm_head'.*in no decoder block.*skip=\('lm_head',\)"):
+        run(model, clip_search=False)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    result = run(model, clip_search=False, skip=("lm_head",))
+    assert {report.name: report.note for report in result.layers}["lm_head.weight"] == "skipped"
+    changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
+    assert changed
+    assert all("down_proj" in name for name in changed)

@@ -157,11 +157,32 @@ def test_without_a_whole_checkpoint_nothing_is_started_anew(folder: Path) -> Non
         resumable(True, str(folder))
 
 
+def test_auto_needs_nobody(bases: Path, folder: Path, saved: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Killed before the first checkpoint was whole, a run starts anew and says so; else it goes on."""
+    assert resumable("auto", str(folder)) == str(folder / "checkpoint-3")
+    for step in (1, 2, 3):
+        cut(folder / f"checkpoint-{step}" / "trainer_state.json")
+    again = helpers.trainer(helpers.student(bases), folder, **SAVED | {"max_steps": 3})
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint="auto")
+    assert "No checkpoint in" in caplog.text
+    assert "Starting anew" in caplog.text
+    assert damage_of(folder / "checkpoint-3") is None
+    state = json.loads((saved / "checkpoint-3" / "trainer_state.json").read_text())
+    assert helpers.history(again) == [entry["loss"] for entry in state["log_history"] if "loss" in entry]
+
+
+def test_auto_starts_a_first_run_too(bases: Path, tmp_path: Path) -> None:
+    run = helpers.trainer(helpers.student(bases), tmp_path, **SETTINGS | {"max_steps": 1})
+    run.train(resume_from_checkpoint="auto")
+    assert run.state.global_step == 1
+
+
 def test_a_missing_optimizer_is_an_error_and_no_fresh_start(bases: Path, tmp_path: Path) -> None:
     settings = SAVED | {"max_steps": 1, "save_only_model": True}
     helpers.trainer(helpers.student(bases), tmp_path, **settings).train()
     again = helpers.trainer(helpers.student(bases), tmp_path, **SAVED)
-    for resume in (True, str(tmp_path / "checkpoint-1")):
+    for resume in (True, "auto", str(tmp_path / "checkpoint-1")):
         with pytest.raises(CheckpointError, match=r"has no optimizer\.pt .*save_only_model"):
             again.train(resume_from_checkpoint=resume)
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from bitdistiller_peft.errors import ConfigError
@@ -72,6 +73,25 @@ def test_the_teacher_is_given_back_also_after_an_error(bases: Path) -> None:
         raise RuntimeError("broken")
     assert model.training
     assert helpers.weights(model).keys() == before
+
+
+def test_the_teacher_is_lent_with_or_without_peft_around_it_and_other_adapters_stay(bases: Path) -> None:
+    tokens = tiny.token_ids()
+    exact = helpers.base(bases)(input_ids=tokens).logits
+    student = helpers.student(bases, train_other="norms")
+    for parameter in student.parameters():
+        if parameter.requires_grad:
+            parameter.data.mul_(1.5)
+    for model in (student, student.get_base_model()):
+        assert not torch.equal(model(input_ids=tokens).logits, exact)
+        with full_precision(model):
+            assert torch.equal(model(input_ids=tokens).logits, exact)
+    lora = LoraConfig(modules_to_save=["norm"], init_lora_weights=False, target_modules=["q_proj"])
+    teacher = get_peft_model(helpers.base(bases), lora).eval()
+    tuned = teacher(input_ids=tokens).logits
+    assert not torch.equal(tuned, exact)
+    with full_precision(teacher):
+        assert torch.equal(teacher(input_ids=tokens).logits, tuned)
 
 
 @pytest.mark.parametrize("kind", ["self", "separate"])

@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from bitdistiller_peft.export import export_model
 from tests.hub.models import make_packed
-from tests.trust.stages import STAGES
+from tests.trust.stages import STAGES, calibrated, digest_of_files
+
+GetFolder = Callable[..., Path]
+METHODS = {"clip": {}, "gptq": {}, "awq": {}, "blockwise": {"epochs": 1}}
 
 
-@pytest.mark.parametrize("stage", ["teacher_data", "calibration", "distillation"])
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_gives_the_same_bytes_three_times(stage: str, tmp_path: Path) -> None:
     digests = {STAGES[stage](tmp_path / "bases", _folder(tmp_path, number)) for number in range(3)}
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_calibration_gives_the_same_bytes_three_times(method: str, tmp_path: Path) -> None:
+    folders = [_folder(tmp_path, number) for number in range(3)]
+    assert len({calibrated(tmp_path / "bases", folder, method, **METHODS[method]) for folder in folders}) == 1
+
+
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+def test_an_export_gives_the_same_files_three_times(
+    name: str, packed_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    source, digests = packed_folder("llama", bits=4, grid="int_sym", group_size=32), set()
+    for number in range(3):
+        export_model(source, name, tmp_path / str(number))
+        digests.add(digest_of_files(tmp_path / str(number), "*.safetensors", "*.json"))
     assert len(digests) == 1
 
 

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from bitdistiller_peft.errors import CheckpointError
 from bitdistiller_peft.hub import save as save_module
 from bitdistiller_peft.hub import verify_checkpoint
 from tests.hub.models import ROOT, WEIGHTS, copy_of, make_packed
 from tests.tiny import load
-
-STAGES = ("teacher_data", "calibration", "distillation", "saving")
+from tests.trust.stages import STAGES
 
 
 def kill(seed: int, count: int, folder: Path, *stages: str) -> list[dict[str, object]]:
@@ -44,16 +45,17 @@ def test_a_stage_survives_three_kills_and_repeats_itself(stage: str, tmp_path: P
     (result,) = kill(1, 3, tmp_path, stage)
     assert result["repeated"] == result["expected"]
     assert len(str(result["expected"])) == 64, result
-    assert result["killed"]
+    assert result["killed"] == 3
     assert result["wrong"] == []
 
 
 @pytest.mark.nightly
 @pytest.mark.parametrize("stage", STAGES)
-def test_a_stage_survives_twenty_five_kills(stage: str, tmp_path: Path) -> None:
-    (result,) = kill(2, 25, tmp_path, stage)
+def test_a_stage_survives_twenty_kills(stage: str, tmp_path: Path) -> None:
+    (result,) = kill(2, 20, tmp_path, stage)
+    print(f"{stage}: {result['killed']} kills, {len(result['wrong'])} with another result")
     assert len(str(result["expected"])) == 64, result
-    assert result["killed"] >= 10
+    assert result["killed"] == 20
     assert result["wrong"] == []
 
 
@@ -122,22 +124,43 @@ def test_what_a_killed_save_left_behind_is_swept_by_the_next(
     assert [path.name for path in folder.iterdir() if path.name.startswith(".")] == [f".partial-{os.getpid()}-x"]
 
 
+@contextlib.contextmanager
+def disk_full_after(size: int) -> Iterator[None]:
+    """No file may grow beyond a size."""
+    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+
+
 def test_a_full_disk_leaves_the_old_model_and_says_so(packed_folder: Callable[..., Path], tmp_path: Path) -> None:
     """A limit on the size of files stands for the disk: writing past it fails in the same way."""
     folder = copy_of(packed_folder("llama"), tmp_path / "model")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
     model = make_packed("llama", tmp_path / "bases", bits=4)
-    limits, ignored = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
-    try:
-        with pytest.raises(CheckpointError, match=r"must have room.*model in memory is unchanged"):
-            model.save_pretrained(folder)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
+    with disk_full_after(20_000), pytest.raises(CheckpointError, match=r"must have room.*model in memory is unchanged"):
+        model.save_pretrained(folder)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     model.save_pretrained(folder)
     assert load(folder).config.quantization_config.bits == 4
+
+
+@pytest.mark.parametrize(
+    ("stage", "size"),
+    [("teacher_data", 300), ("teacher_cache", 2000), ("calibration", 30_000), ("distillation", 90_000)],
+)
+def test_a_stage_that_a_full_disk_stopped_goes_on_by_the_same_call(stage: str, size: int, tmp_path: Path) -> None:
+    run, bases = STAGES[stage], tmp_path / "bases"
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "stopped").mkdir()
+    expected = run(bases, tmp_path / "whole")
+    # what the Trainer itself writes fails with the errors of safetensors and of torch.save
+    with disk_full_after(size), pytest.raises((CheckpointError, OSError, SafetensorError, RuntimeError)):
+        run(bases, tmp_path / "stopped")
+    assert run(bases, tmp_path / "stopped") == expected
 
 
 def test_ctrl_c_during_a_save_cleans_up(
