@@ -2,6 +2,9 @@
 
 The order of operations is fixed (it decides the last bit): scale in fp32, rounded up to its storage dtype, zero point
 from the stored scale, codes from the stored scale, rounding half to even, and back in fp32.
+
+With ``arithmetic="released"``, as in BitDistiller's released code: codes are rounded half away from zero (zero points
+half to even), and the range is that of the weights, of at least 1e-5, whether zero lies in it or not.
 """
 
 from __future__ import annotations
@@ -13,6 +16,8 @@ from bitdistiller_peft.grids import AffineGrid
 from bitdistiller_peft.quantizers.base import Gradients, Quantizer, add_at_extreme
 from bitdistiller_peft.quantizers.rounding import round_scale_up
 from bitdistiller_peft.quantizers.spec import QuantParams, QuantSpec
+
+LEAST_RANGE = 1e-5  # of the released arithmetic
 
 
 def _grid(spec: QuantSpec) -> AffineGrid:
@@ -33,6 +38,16 @@ def _zero_point(params: QuantParams, spec: QuantSpec) -> Tensor | float:
 class AffineQuantizer(Quantizer):
     """Grids ``int`` and ``int_sym``."""
 
+    def find_params(self, groups: Tensor, spec: QuantSpec) -> QuantParams:
+        """Place the grid on each group's own range (min-max); by default with zero inside it."""
+        if spec.arithmetic == "default":
+            return super().find_params(groups, spec)
+        low, high = torch.aminmax(groups, dim=-1)
+        grid = _grid(spec)
+        scale = _stored((high - low).clamp(min=LEAST_RANGE) / grid.max_code, spec)
+        zero_point = torch.round(-low / scale.float()).clamp(0, grid.max_code)
+        return QuantParams(scale, zero_point.to(torch.uint8))
+
     def params_from_range(self, low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
         """Place the grid on ``[low, high]``: ``scale = (high - low) / max_code``; an empty range gets scale 1."""
         grid = _grid(spec)
@@ -50,7 +65,7 @@ class AffineQuantizer(Quantizer):
     def quantize(self, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
         """Return the codes as fp32 integers ``0 .. max_code``."""
         codes = groups / params.scale.float().unsqueeze(-1)
-        return codes.round_().add_(_zero_point(params, spec)).clamp_(0, _grid(spec).max_code)
+        return _round(codes, spec).add_(_zero_point(params, spec)).clamp_(0, _grid(spec).max_code)
 
     def dequantize(self, codes: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
         """Return ``scale * (codes - zero_point)`` in fp32."""
@@ -61,7 +76,7 @@ class AffineQuantizer(Quantizer):
         scale = params.scale.float().unsqueeze(-1)
         zero_point = _zero_point(params, spec)
         steps = groups / scale
-        codes = steps.round() + zero_point
+        codes = _round(steps.clone(), spec) + zero_point
         inside = (codes >= 0) & (codes <= _grid(spec).max_code)
         offset = codes.clamp_(0, _grid(spec).max_code) - zero_point
         grad_scale = (grad * torch.where(inside, offset - steps, offset)).sum(-1)
@@ -81,6 +96,11 @@ class AffineQuantizer(Quantizer):
         low, low_index = groups.min(-1)
         high, high_index = groups.max(-1)
         to_high, to_low = grads.scale / grid.max_code, -grads.scale / grid.max_code
+        if spec.arithmetic == "released":
+            is_free = high - low >= LEAST_RANGE
+            add_at_extreme(grads.weight, high_index, torch.where(is_free, to_high, 0.0))
+            add_at_extreme(grads.weight, low_index, torch.where(is_free, to_low, 0.0))
+            return
         if spec.zero_point_range is not None and params.zero_point is not None:
             zero_point = params.zero_point.float()
             above, below = _side_scales(low.clamp(max=0), high.clamp(min=0), zero_point, grid.max_code)
@@ -94,8 +114,16 @@ class AffineQuantizer(Quantizer):
         add_at_extreme(grads.weight, low_index, torch.where(low < 0, to_low, 0.0))
 
 
+def _round(steps: Tensor, spec: QuantSpec) -> Tensor:
+    """Round in place: half to even, or half away from zero."""
+    if spec.arithmetic == "default":
+        return steps.round_()
+    return steps.abs().add_(0.5).floor_().mul_(steps.sign_())
+
+
 def _stored(scale: Tensor, spec: QuantSpec) -> Tensor:
-    return round_scale_up(torch.where(scale == 0, 1.0, scale), spec.scale_dtype)
+    scale = torch.where(scale == 0, 1.0, scale)
+    return round_scale_up(scale, spec.scale_dtype, furthest=_grid(spec).max_code)
 
 
 def _side_scales(low: Tensor, high: Tensor, zero_point: Tensor, max_code: int) -> tuple[Tensor, Tensor]:

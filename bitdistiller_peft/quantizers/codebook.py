@@ -20,6 +20,9 @@ MOST_COMPARISONS = 15
 # an extreme weight divided by the fp32 scale taken from it may exceed the outermost level by so much; it is not clamped
 ROUNDING = 1 + 2**-22
 
+# of fp32, and not normal: no scale can be stored as small as this, so that it is refused
+SMALLEST = 2.0**-149
+
 
 def _grid(spec: QuantSpec) -> CodebookGrid:
     if not isinstance(spec.grid, CodebookGrid):
@@ -33,16 +36,18 @@ class CodebookQuantizer(Quantizer):
     def params_from_range(self, low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
         """Let the outermost levels meet ``high`` and ``low``; an empty group gets scale 1."""
         grid = _grid(spec)
-        positive, negative = high / grid.levels[-1], low / grid.levels[0]
+        positive, negative = _divided(high, grid.levels[-1]), _divided(low, grid.levels[0])
         if grid.is_symmetric:
             # the group must fit on both sides although the levels need not be mirror images
             scale = torch.maximum(positive, negative)
-            return QuantParams(round_scale_up(torch.where(scale == 0, 1.0, scale), spec.scale_dtype))
+            furthest = max(grid.levels[-1], -grid.levels[0])
+            scale = torch.where(scale == 0, 1.0, scale)
+            return QuantParams(round_scale_up(scale, spec.scale_dtype, furthest=furthest))
         is_empty = (positive == 0) & (negative == 0)
         positive = torch.where(is_empty, 1.0, positive)
         return QuantParams(
-            round_scale_up(positive, spec.scale_dtype),
-            scale_negative=round_scale_up(negative, spec.scale_dtype),
+            round_scale_up(positive, spec.scale_dtype, furthest=grid.levels[-1]),
+            scale_negative=round_scale_up(negative, spec.scale_dtype, furthest=-grid.levels[0]),
         )
 
     def quantize(self, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
@@ -85,6 +90,12 @@ class CodebookQuantizer(Quantizer):
             use_low = ~use_high & (low < 0)
         add_at_extreme(grads.weight, high_index, torch.where(use_high, to_high, 0.0))
         add_at_extreme(grads.weight, low_index, torch.where(use_low, to_low, 0.0))
+
+
+def _divided(extreme: Tensor, level: float) -> Tensor:
+    """The scale that lets a level meet an extreme weight: 0 for no such weight, never for one that is too small."""
+    scale = extreme / level
+    return torch.where((scale == 0) & (extreme != 0), SMALLEST, scale)
 
 
 def _nearest(x: Tensor, grid: CodebookGrid) -> Tensor:

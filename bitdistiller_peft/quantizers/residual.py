@@ -155,7 +155,7 @@ def _greedy(groups: Tensor, spec: QuantSpec) -> QuantParams:
     if _is_tied(spec):
         # the tied grid has no level zero: an all-zero group comes as near to it as the dtype allows
         return _stored(torch.where(scale == 0, torch.finfo(spec.scale_dtype).tiny, scale), None, spec)
-    stored = round_scale_up(torch.where(scale == 0, 1.0, scale), spec.scale_dtype)
+    stored = round_scale_up(torch.where(scale == 0, 1.0, scale), spec.scale_dtype, furthest=2)
     residual = mean_magnitude(groups.abs() - stored.float().unsqueeze(-1))
     return QuantParams(stored, scale_residual=round_scale_up(residual, spec.scale_dtype))
 
@@ -196,9 +196,10 @@ def _is_tied(spec: QuantSpec) -> bool:
 
 def _stored(scale: Tensor, residual: Tensor | None, spec: QuantSpec) -> QuantParams:
     if residual is None:
-        return QuantParams(round_scale_up(scale, spec.scale_dtype, spare_bits=TIED_SPARE_BITS))
+        return QuantParams(round_scale_up(scale, spec.scale_dtype, spare_bits=TIED_SPARE_BITS, furthest=2))
     return QuantParams(
-        round_scale_up(scale, spec.scale_dtype), scale_residual=round_scale_up(residual, spec.scale_dtype)
+        round_scale_up(scale, spec.scale_dtype, furthest=2),
+        scale_residual=round_scale_up(residual, spec.scale_dtype),
     )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from bitdistiller_peft.errors import ScaleRangeError, WeightError
 
 
-def round_scale_up(scale: Tensor, dtype: torch.dtype, *, spare_bits: int = 0) -> Tensor:
+def round_scale_up(scale: Tensor, dtype: torch.dtype, *, spare_bits: int = 0, furthest: float = 1.0) -> Tensor:
     """Store a non-negative fp32 scale in `dtype`, never smaller than it was.
 
     Rounding up keeps the largest weight of the group inside the range of the codes, so that the half-a-step bound
@@ -18,6 +18,8 @@ def round_scale_up(scale: Tensor, dtype: torch.dtype, *, spare_bits: int = 0) ->
         scale: fp32, any shape, ``>= 0`` or NaN.
         dtype: fp16, bf16 or fp32.
         spare_bits: bits at the end of the significand to keep zero.
+        furthest: the most scales that a value is from zero; where that is no fp32 number, the scale is infinite, and
+            so refused.
     """
     scale = torch.where(scale == 0, 0.0, scale)  # an absent sign's may come as -0
     stored = scale.to(dtype)
@@ -25,7 +27,8 @@ def round_scale_up(scale: Tensor, dtype: torch.dtype, *, spare_bits: int = 0) ->
         # the next number above a finite non-negative float is the next integer of its bit pattern
         above = (stored.view(torch.int16) + 1).view(dtype)
         stored = torch.where(stored.float() < scale, above, stored)
-    return _with_spare_bits(stored, spare_bits, (1 << spare_bits) - 1)
+    stored = _with_spare_bits(stored, spare_bits, (1 << spare_bits) - 1)
+    return torch.where(torch.isinf(stored.float() * furthest), torch.inf, stored)
 
 
 def round_scale_nearest(

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.errors import ConfigError, UnknownNameError
 from bitdistiller_peft.grids import AffineGrid, Grid, ResidualGrid, get_grid
 from bitdistiller_peft.quantizers.grouping import GroupSize, check_group_size, num_groups
 
@@ -18,6 +18,7 @@ SCALE_DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32,
 }
 GRADIENTS = ("exact", "ste")
+ARITHMETICS = ("default", "released")
 REFINEMENTS = (None, "least_squares", "alternating")
 TIED_SPARE_BITS = 2  # bits that a tied scale leaves free, so that 3/2 of it is a number of the same dtype
 
@@ -53,6 +54,8 @@ class QuantSpec:
         packing: how the codes lie in int32 words: ``"bitstream"``, or ``"base3"`` for grids with three levels.
         refine: how the closed-form scales of a residual grid are refined: `None`, ``"least_squares"`` or
             ``"alternating"``.
+        arithmetic: ``"released"`` rounds codes and takes the range as BitDistiller's released code does (grids
+            ``"int"`` and ``"nf"``; at ``"nf"`` both are the same); for comparisons.
     """
 
     grid: Grid
@@ -62,6 +65,7 @@ class QuantSpec:
     gradient: Literal["exact", "ste"] = "exact"
     packing: Literal["bitstream", "base3"] = "bitstream"
     refine: Literal["least_squares", "alternating"] | None = None
+    arithmetic: Literal["default", "released"] = "default"
 
     @classmethod
     def create(
@@ -75,6 +79,7 @@ class QuantSpec:
         gradient: str = "exact",
         refine: str | None = None,
         tied: bool = False,
+        arithmetic: str = "default",
     ) -> QuantSpec:
         """Build a spec from plain values, as they stand in configs and checkpoints.
 
@@ -92,6 +97,7 @@ class QuantSpec:
             raise ConfigError(f"`gradient` must be one of {list(GRADIENTS)}: got gradient={gradient!r}. Use 'exact'.")
         bounds = _check_zero_point_range(resolved, zero_point_range)
         _check_residual(resolved, refine, tied)
+        _check_arithmetic(grid, arithmetic, bounds)
         return cls(
             replace(resolved, is_tied=tied) if isinstance(resolved, ResidualGrid) else resolved,
             group_size,
@@ -99,6 +105,7 @@ class QuantSpec:
             bounds,
             "exact" if gradient == "exact" else "ste",
             refine=refine,  # type: ignore[arg-type]  # one of REFINEMENTS
+            arithmetic="released" if arithmetic == "released" else "default",
         )
 
     def packed_as(self, packing: str) -> QuantSpec:
@@ -149,6 +156,17 @@ def _check_zero_point_range(grid: Grid, bounds: tuple[int, int] | list[int] | No
             f"zero_point_range={bounds!r}. Use (1, 2) at 2 bits for llama.cpp formats, or None."
         )
     return (bounds[0], bounds[1])
+
+
+def _check_arithmetic(grid: str, arithmetic: str, bounds: tuple[int, int] | None) -> None:
+    if arithmetic not in ARITHMETICS:
+        raise UnknownNameError("arithmetic", arithmetic, ARITHMETICS)
+    if arithmetic == "released" and (grid not in ("int", "nf") or bounds is not None):
+        raise ConfigError(
+            "`arithmetic` must be 'default' except for the grids of BitDistiller's released code, unbounded: got "
+            f"arithmetic='released', grid={grid!r}, zero_point_range={bounds!r}. Use grid='int' or 'nf' and "
+            "zero_point_range=None, or arithmetic='default'."
+        )
 
 
 def _check_residual(grid: Grid, refine: object, tied: object) -> None:

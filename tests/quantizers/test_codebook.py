@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitdistiller_peft.errors import ScaleRangeError
 from bitdistiller_peft.grids import get_grid
 from bitdistiller_peft.quantizers import QuantSpec, dequantize, fake_quantize, find_params, quantize
 from bitdistiller_peft.quantizers.codebook import CodebookQuantizer
@@ -166,3 +167,18 @@ def test_the_codebook_quantizer_refuses_another_family() -> None:
     spec = QuantSpec(get_grid("int", 2), -1)
     with pytest.raises(TypeError, match="needs a CodebookGrid"):
         CodebookQuantizer().find_params(torch.ones(1, 1, 2), spec)
+
+
+@each_codebook
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize(("scale_dtype", "size"), [("float32", 1.4e-45), ("bfloat16", 3.3895e38)])
+def test_a_weight_at_the_end_of_fp32_is_refused_or_met(grid: object, sign: int, scale_dtype: str, size: float) -> None:
+    spec = QuantSpec(grid, -1, getattr(torch, scale_dtype))
+    weight = torch.full((1, 12), sign * size)
+    try:
+        values = fake_quantize(weight, spec)
+        find_params(weight, spec)
+    except ScaleRangeError:
+        return
+    assert bool(values.isfinite().all())
+    torch.testing.assert_close(values, weight, rtol=0.02, atol=0)

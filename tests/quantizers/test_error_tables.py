@@ -36,8 +36,12 @@ def relative_error(grid: str, bits: int) -> float:
 
 @pytest.mark.parametrize(("kind", "error"), PUBLISHED.items(), ids=str)
 def test_the_error_is_the_published_one(kind: tuple[str, int], error: float) -> None:
-    # the published figures have three or four digits; a million weights err by another 0.2 %
-    assert relative_error(*kind) == pytest.approx(error, rel=0.01)
+    """Within half a unit of the last published digit or 0.6 %, whichever is more.
+
+    A million weights spread by 0.13 to 0.27 %; and scales that are rounded up to fp16 add 0.04 %: FP3 has 0.05127 on 16
+    million weights (0.05125 with fp32 scales), so that .0512 is an ordinary draw.
+    """
+    assert relative_error(*kind) == pytest.approx(error, rel=0.006, abs=5e-5)
 
 
 @pytest.mark.parametrize("bits", [3, 4])

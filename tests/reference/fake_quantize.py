@@ -48,11 +48,16 @@ def residual(groups: Tensor, scale: Tensor, second: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------- from groups to their own scales
 
 
+def ends(groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Each group's range, zero included; of several equal extremes one moves it (`amax` would share among them)."""
+    return groups.min(-1, keepdim=True).values.clamp(max=0), groups.max(-1, keepdim=True).values.clamp(min=0)
+
+
 def affine_scales(groups: Tensor, spec: QuantSpec) -> Params:
-    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    low, high = ends(groups)
     top = spec.grid.num_levels - 1
     if not spec.grid.has_zero_point:
-        return {"scale": 2 * torch.maximum(high, -low) / top}
+        return {"scale": 2 * groups.abs().max(-1, keepdim=True).values / top}
     scale = (high - low) / top
     zero_point = (-low / scale).round().detach()
     if spec.zero_point_range is not None:
@@ -62,10 +67,10 @@ def affine_scales(groups: Tensor, spec: QuantSpec) -> Params:
 
 
 def codebook_scales(groups: Tensor, grid: CodebookGrid) -> Params:
-    low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+    low, high = ends(groups)
     positive, negative = high / grid.levels[-1], low / grid.levels[0]
     if grid.is_symmetric:
-        return {"scale": torch.maximum(positive, negative)}
+        return {"scale": torch.where(positive >= negative, positive, negative)}
     return {"scale": positive, "scale_negative": negative}
 
 
