@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -48,8 +49,13 @@ def write_results(
         "rows": list(rows),
         "figures": dict(figures),
     }
-    path.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(_compact(json.dumps(content, indent=1, allow_nan=False)) + "\n", encoding="utf-8")
     return path
+
+
+def _compact(text: str) -> str:
+    """JSON with every list of numbers on one line."""
+    return re.sub(r"\[[\s\d.,eE+-]*\]", lambda match: " ".join(match[0].split()), text)
 
 
 def command() -> str:

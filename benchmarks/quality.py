@@ -15,60 +15,22 @@ divergence from the teacher on the first of them.
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import math
 import resource
-import tempfile
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import torch
-from datasets import Dataset
-from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from torch import nn
+from transformers import set_seed
 
-from benchmarks._results import RESULTS, figure, table, write_results
-from bitdistiller_peft import (
-    BitDistillerConfig,
-    DistillConfig,
-    DistillTrainer,
-    calibrate,
-    evaluate_divergence,
-    evaluate_perplexity,
-    get_bitdistiller_model,
-    quant_summary,
-)
-from bitdistiller_peft.calibration.texts import token_windows
+from benchmarks import _arms
+from benchmarks._arms import CHUNKS, MIN_MAX, Arm
+from benchmarks._results import figure, table
+from bitdistiller_peft import calibrate, quant_summary
 
-SEQ_LEN, CHUNKS = 512, 40
 BLOCK_SEQ_LEN, BLOCK_BATCH = 128, 2
 STEP_TOKENS = 1024
-CLIP_TOKENS = 16 * SEQ_LEN
 
-
-@dataclass(frozen=True)
-class Arm:
-    """One recipe: the student, what it starts from, and how the tokens are spent.
-
-    Attributes:
-        model: fields of `BitDistillerConfig`.
-        clip: whether a clip search comes first.
-        blockwise: share of the tokens spent block by block, and its options.
-        training: fields of `DistillConfig` for the rest of the tokens.
-        share: of `--tokens`, all in all; 0 for rows that only look at text, or not even that.
-    """
-
-    model: dict[str, Any] = field(default_factory=dict)
-    clip: bool = False
-    blockwise: tuple[float, dict[str, Any]] | None = None
-    training: dict[str, Any] | None = None
-    share: float = 1.0
-
-
-MIN_MAX = {"learn_scale": False}
 LEARNED = {"learn_zero_point": True}
 OURS = {"learning_rate": 1.5e-2, "scale_learning_rate": 1e-2}
 PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
@@ -104,18 +66,8 @@ ARMS = {
 NOT_BY_DEFAULT = tuple(name for name in ARMS if name.startswith("balanced-"))
 
 
-class Bench:
-    """The model, the texts and what is common to all rows."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self.options = options
-        self.tokenizer = AutoTokenizer.from_pretrained(options.model)
-        self.train_texts = [read_texts(path) for path in options.train_text]
-        self.eval_texts = dict(_named(item) for item in options.eval)
-
-    def load(self) -> Any:
-        """The full-precision model."""
-        return AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.bfloat16)
+class Bench(_arms.Bench):
+    """Rows of this benchmark."""
 
     def row(self, name: str) -> dict[str, Any]:
         """Make one model and measure it."""
@@ -144,13 +96,10 @@ class Bench:
     def student(self, model: nn.Module, arm: Arm) -> tuple[nn.Module, int]:
         """Quantize, calibrate, train and pack as an arm says; also returns how many tokens were trained on."""
         options = self.options
-        config = BitDistillerConfig(bits=options.bits, group_size=options.group_size, **arm.model)
-        student = get_bitdistiller_model(model, config)
+        student = self.prepare(model, arm, options.bits, options.group_size)
         budget = round(options.tokens * arm.share)
         if arm.clip:
-            samples = CLIP_TOKENS // SEQ_LEN
-            windows = self.windows(CLIP_TOKENS).reshape(samples, SEQ_LEN)
-            calibrate(student, None, windows, num_samples=samples, seq_len=SEQ_LEN)
+            self.clip(student)
         share, values = arm.blockwise or (0.0, {})
         steps = round(budget * (1 - share) / STEP_TOKENS) if arm.training is not None else 0
         samples = (budget - steps * STEP_TOKENS) // BLOCK_SEQ_LEN if arm.blockwise else 0
@@ -165,69 +114,6 @@ class Bench:
             self.train(student, self.windows(budget)[:, used:], steps, arm.training)
             used += steps * STEP_TOKENS
         return student.pack_and_unload(), used
-
-    def windows(self, tokens: int) -> Tensor:
-        """The first windows of each training text in turn, as one row ``[1, >= tokens]``."""
-        each = math.ceil(tokens / SEQ_LEN / len(self.train_texts))
-        parts = [token_windows(texts, self.tokenizer, each, SEQ_LEN) for texts in self.train_texts]
-        return torch.stack(parts, 1).reshape(1, -1)
-
-    def train(self, student: nn.Module, ids: Tensor, steps: int, values: dict[str, Any]) -> None:
-        """Train end to end on what is left of the tokens."""
-        ids = ids[:, : steps * STEP_TOKENS]
-        rows = ids[:, : ids.shape[1] // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN)
-        with tempfile.TemporaryDirectory() as folder:
-            args = DistillConfig(
-                output_dir=folder, max_steps=steps, per_device_train_batch_size=STEP_TOKENS // SEQ_LEN,
-                max_length=SEQ_LEN, lr_scheduler_type="cosine", gamma_num_batches=4, gradient_checkpointing=False,
-                bf16=True, save_strategy="no", report_to="none", logging_steps=max(1, steps // 8),
-                use_cpu=not torch.cuda.is_available(), seed=self.options.seed, **_with_warmup(values, steps),
-            )  # fmt: skip
-            data = Dataset.from_dict({"input_ids": rows.tolist()})
-            DistillTrainer(student, args, train_dataset=data, processing_class=self.tokenizer).train()
-
-    def perplexity(self, model: nn.Module, text: list[str]) -> float:
-        """Of the first chunks."""
-        return evaluate_perplexity(
-            model, self.tokenizer, "\n\n".join(text), seq_len=SEQ_LEN, max_chunks=self.options.chunks
-        ).perplexity
-
-    def divergence(self, model: nn.Module, text: list[str]) -> Any:
-        """From the full-precision model, on the same chunks."""
-        return evaluate_divergence(
-            model, self.load(), self.tokenizer, "\n\n".join(text), seq_len=SEQ_LEN, max_chunks=self.options.chunks
-        )
-
-
-def _with_warmup(values: dict[str, Any], steps: int) -> dict[str, Any]:
-    values = dict(values)
-    ratio = values.pop("warmup_ratio", 0.0)
-    return {**values, "warmup_steps": round(ratio * steps)}
-
-
-def read_texts(path: Path) -> list[str]:
-    """Documents of a text file, or of JSON lines; gzipped or not."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        content = file.read()
-    if ".jsonl" not in path.name:
-        return [content]
-    return [_text_of(json.loads(line)) for line in content.splitlines() if line.strip()]
-
-
-def _text_of(row: dict[str, Any]) -> str:
-    for key in ("text", "output"):
-        if isinstance(row.get(key), str):
-            return str(row[key])
-    strings = [value for value in row.values() if isinstance(value, str)]
-    if len(strings) != 1:
-        raise ValueError(f"no text in a line with the fields {sorted(row)}")
-    return strings[0]
-
-
-def _named(item: str) -> tuple[str, list[str]]:
-    name, _, path = item.partition("=")
-    return name, read_texts(Path(path))
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -260,31 +146,17 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main() -> None:
     """Run the rows that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="folder or Hub name")
-    parser.add_argument("--train-text", type=Path, nargs="+", required=True, help="files to train and calibrate on")
-    parser.add_argument("--eval", nargs="+", required=True, metavar="NAME=FILE", help="texts to measure")
+    _arms.add_arguments(parser, tokens=61_440, chunks=CHUNKS, name="quality")
     default = [name for name in ARMS if name not in NOT_BY_DEFAULT]
     parser.add_argument("--rows", nargs="+", default=default, choices=list(ARMS), help="default: all but ablations")
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=61_440, help="training tokens of a row")
-    parser.add_argument("--chunks", type=int, default=CHUNKS, help="chunks of each evaluation text")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--name", default="quality", help="of the results file")
     options = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = RESULTS / f"{options.name}.{device}.json"
-    rows = json.loads(path.read_text(encoding="utf-8"))["rows"] if path.exists() else []
     settings = {"bits": options.bits, "group_size": options.group_size, "seed": options.seed, "chunks": options.chunks}
-    bench = Bench(options)
-    for name in ["full_precision", *options.rows]:
-        wanted = {"row": name, **settings, "budget": options.tokens}
-        if any(all(row[key] == value for key, value in wanted.items()) for row in rows):
-            continue
-        rows.append({**wanted, **bench.row(name)})
-        write_results(options.name, rows, figures(rows), device=device)
-        print(table(rows), flush=True)
-    print(f"{table(rows)}\n\nresults: {path.name}")
+    bench = Bench(options, step_tokens=STEP_TOKENS)
+    wanted = [{"row": name, **settings, "budget": options.tokens} for name in ["full_precision", *options.rows]]
+    rows = _arms.measure(options.name, wanted, lambda setting: bench.row(setting["row"]), figures)
+    print(table(rows))
 
 
 if __name__ == "__main__":

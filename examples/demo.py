@@ -19,25 +19,24 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from demo_measure import Row, measured, say, table, weight_bytes, write_summary
+from demo_measure import measured, say, table, write_summary
 from demo_prompts import demo_prompts
 from demo_text import DemoText, load_text
 from smollm2 import demo_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from workbench import SEQ_LEN, Workbench
 
 from bitdistiller_peft import (
     BitDistillerConfig,
-    BitDistillerQuantConfig,
     DistillConfig,
     DistillTrainer,
     calibrate,
     evaluate_perplexity,
     generate_teacher_data,
     get_bitdistiller_model,
-    quant_summary,
 )
 
-BITS, GROUP_SIZE, SEQ_LEN = 2, 64, 512
+BITS, GROUP_SIZE = 2, 64
 BLOCK_SEQ_LEN = 128  # short windows: each begins with another token, and first tokens are what a decoder leans on
 QUESTION = "What is the capital of France?"
 
@@ -59,41 +58,17 @@ FULL = Budget(chunks=20, clip_samples=16, prompts=48, new_tokens=128, block_samp
 QUICK = Budget(chunks=4, clip_samples=6, prompts=8, new_tokens=64, block_samples=56, epochs=2, steps=4)
 
 
-class Demo:
+class Demo(Workbench):
     """One run: the model, the text, the budget, and the rows so far."""
 
     def __init__(self, model: str, text: DemoText, budget: Budget, output: Path) -> None:
-        self.model, self.text, self.budget, self.output = model, text, budget, output
-        self.tokenizer = AutoTokenizer.from_pretrained(model)
-        self.rows: list[Row] = []
-
-    def load(self, **kwargs: object) -> torch.nn.Module:
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16, **kwargs)
-
-    def evaluate(self, row: Row, model: torch.nn.Module) -> None:
-        result = evaluate_perplexity(
-            model, self.tokenizer, self.text.evaluation, seq_len=SEQ_LEN, max_chunks=self.budget.chunks
-        )
-        row.perplexity, row.protocol = result.perplexity, result.protocol
-
-    def save(self, row: Row, model: torch.nn.Module) -> Path:
-        folder = self.output / row.name
-        model.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        row.bits_per_weight, row.file_bytes = quant_summary(model).bits_per_weight, weight_bytes(folder)
-        return folder
+        super().__init__(model, text, output, chunks=budget.chunks)
+        self.budget = budget
 
     def baselines(self) -> None:
         """Full precision, and rounding to nearest while loading."""
-        with measured("full_precision", self.rows) as row:
-            model = self.load()
-            self.evaluate(row, model)
-            row.bits_per_weight, row.file_bytes = quant_summary(model).bits_per_weight, weight_bytes(Path(self.model))
-        with measured("rtn", self.rows) as row:
-            config = BitDistillerQuantConfig(bits=BITS, group_size=GROUP_SIZE)
-            model = self.load(quantization_config=config)
-            self.evaluate(row, model)
-            self.save(row, model)
+        self.full_precision()
+        self.rounded("rtn", bits=BITS, group_size=GROUP_SIZE)
 
     def clip(self) -> torch.nn.Module:
         """The student, its ranges chosen by the asymmetric clip search."""

@@ -16,7 +16,6 @@ from tests.standin import english, save_standin
 
 def run(folder: Path, monkeypatch: pytest.MonkeyPatch, *rows: str) -> dict[str, Any]:
     monkeypatch.setattr(_results, "RESULTS", folder / "results")
-    monkeypatch.setattr(quality, "RESULTS", folder / "results")
     arguments = ["--model", str(folder / "model"), "--train-text", str(folder / "train.jsonl.gz")]
     arguments += ["--eval", f"topics={folder / 'topics.txt'}", "--tokens", "4096", "--chunks", "2", "--rows", *rows]
     monkeypatch.setattr(sys, "argv", ["quality", *arguments])
