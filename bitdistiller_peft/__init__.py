@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from bitdistiller_peft.hub import BitDistillerQuantConfig as BitDistillerQuantConfig
     from bitdistiller_peft.hub import print_quant_summary as print_quant_summary
     from bitdistiller_peft.hub import quant_summary as quant_summary
+    from bitdistiller_peft.importing import import_model as import_model
     from bitdistiller_peft.kernels import use_backend as use_backend
     from bitdistiller_peft.recipes import get_recipe as get_recipe
     from bitdistiller_peft.recipes import register_recipe as register_recipe
@@ -47,6 +48,7 @@ _HOMES = {
     "generate_teacher_data": "training",
     "get_bitdistiller_model": "tuner",
     "get_recipe": "recipes",
+    "import_model": "importing",
     "load_teacher_data": "training",
     "print_quant_summary": "hub",
     "quant_summary": "hub",

@@ -12,6 +12,7 @@ BitDistillerError
 ├── CheckpointError (ValueError)         files that are damaged, incomplete or not ours
 │   └── ChecksumError                    bytes that differ from the ones written
 ├── ExportError (ValueError)             a model that a foreign format cannot hold, or a foreign file that differs
+├── ForeignModelError (ValueError)       a model of another tool that no grid of ours holds exactly
 ├── DataError (ValueError)               text, prompts or labels that cannot be used
 └── TrainingError (RuntimeError)         a run that cannot go on, for example a loss that is not finite
 """
@@ -81,6 +82,10 @@ class ChecksumError(CheckpointError):
 
 class ExportError(BitDistillerError, ValueError):
     """A model that a foreign format cannot hold exactly, or a foreign file that differs from the model."""
+
+
+class ForeignModelError(BitDistillerError, ValueError):
+    """A model of another tool that no grid of ours holds exactly, or whose format is not known."""
 
 
 class DataError(BitDistillerError, ValueError):

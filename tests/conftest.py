@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import os
 import random
-import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 # Before anything of Hugging Face is imported: these are read once, at import.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -16,6 +15,10 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Most tests are about equal bits, which is the reference's promise; tests/kernels forces the other backends by name.
 os.environ.setdefault("BITDISTILLER_BACKEND", "reference")
+# Every Python that a test starts then closes its connections too; in this one, the import below does.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent / "blocked"), os.environ.get("PYTHONPATH")))
+)
 
 import numpy as np
 import pytest
@@ -23,59 +26,18 @@ import torch
 from hypothesis import settings
 
 import bitdistiller_peft  # noqa: F401  plugs the method into PEFT and transformers
+from tests.blocked import sitecustomize
 
 settings.register_profile("default", derandomize=True, deadline=None, max_examples=50, print_blob=True)
 settings.register_profile("nightly", derandomize=False, deadline=None, max_examples=2000, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 
-class NetworkBlockedError(RuntimeError):
-    """A test tried to leave the machine; mark it `network` if it must."""
-
-
-def _is_local(host: object) -> bool:
-    if isinstance(host, bytes):
-        host = host.decode()
-    if host in {None, "", "localhost", socket.gethostname()}:
-        return True
-    try:
-        address = ipaddress.ip_address(str(host).partition("%")[0])
-    except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
-
-
-def _refuse_unless_local(address: object) -> None:
-    # A Unix socket's address is a path; an Internet one is a tuple that begins with the host.
-    if isinstance(address, tuple) and not _is_local(address[0]):
-        raise NetworkBlockedError(f"tests may talk to loopback only: got {address!r}. Mark the test `network`.")
-
-
 @pytest.fixture(autouse=True)
 def _no_network(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Close every socket but loopback ones, in this process; tests marked `network` keep theirs."""
+    """Only tests marked `network` may leave the machine; outside of tests, while modules are imported, nothing may."""
     if request.node.get_closest_marker("network") is not None:
-        return
-
-    def guarded(name: str, position: int) -> None:
-        real = getattr(socket.socket, name)
-
-        def call(self: socket.socket, *args: object) -> object:
-            _refuse_unless_local(args[position] if args else None)
-            return real(self, *args)
-
-        monkeypatch.setattr(socket.socket, name, call)
-
-    guarded("connect", 0)
-    guarded("connect_ex", 0)
-    guarded("sendto", -1)
-    resolve = socket.getaddrinfo
-
-    def getaddrinfo(host: object, *args: object, **kwargs: object) -> object:
-        _refuse_unless_local((host,))
-        return resolve(host, *args, **kwargs)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+        monkeypatch.setenv(sitecustomize.OPEN, "1")
 
 
 @pytest.fixture

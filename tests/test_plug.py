@@ -54,7 +54,7 @@ def heavy():
 def fresh(script: str, *arguments: str, folder: Path | None = None) -> str:
     """Run a script in a process of its own and return what it printed."""
     command = [sys.executable, *(arguments or ("-c", CHECKS + textwrap.dedent(script)))]
-    paths = [str(path) for path in (folder, ROOT) if path is not None]
+    paths = [*(str(path) for path in (folder, ROOT) if path is not None), os.environ["PYTHONPATH"]]
     done = subprocess.run(
         command, env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)}, capture_output=True, text=True, timeout=300
     )

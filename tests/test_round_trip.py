@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from bitdistiller_peft import use_backend
 from bitdistiller_peft.layers import PackedLinear
 from bitdistiller_peft.tuner import BitDistillerLayer
 from tests.hub.models import logits, make_student, run_python
+from tests.pairwise import Rules, check_coverage, is_possible, pairwise
 from tests.quantizers.samples import WIDTHS
 from tests.tiny import CONFIGS, MOE, token_ids
 
@@ -48,39 +49,18 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 MATRIX = ("arch", "grid", "bits", "group_size", "dtype")
 
 
-def is_possible(values: dict[str, Any]) -> bool:
-    """Whether some of a case's values can stand together; every rule is about two of them."""
-    pairs = {
-        ("grid", "bits"): lambda grid, bits: bits in WIDTHS[grid],
-        ("arch", "group_size"): lambda arch, size: arch not in MOE or size != "tensor",
-        # four small random weights may need a scale that fp16 cannot hold
-        ("group_size", "scale_dtype"): lambda size, scale_dtype: (size, scale_dtype) != (4, "float16"),
-        ("grid", "learn"): lambda grid, learn: "zero" not in learn or grid == "int",
-    }
-    return all(rule(*(values[k] for k in keys)) for keys, rule in pairs.items() if all(k in values for k in keys))
+RULES: Rules = {
+    ("grid", "bits"): lambda grid, bits: bits in WIDTHS[grid],
+    ("arch", "group_size"): lambda arch, size: arch not in MOE or size != "tensor",
+    # four small random weights may need a scale that fp16 cannot hold
+    ("group_size", "scale_dtype"): lambda size, scale_dtype: (size, scale_dtype) != (4, "float16"),
+    ("grid", "learn"): lambda grid, learn: "zero" not in learn or grid == "int",
+}
 
 
-def pairs_of(values: dict[str, Any]) -> Iterator[tuple[tuple[str, Any], tuple[str, Any]]]:
-    return itertools.combinations(values.items(), 2)
-
-
-def pairwise_cases(seed: int = 0) -> list[Case]:
-    """Cases in which every possible pair of values occurs, chosen greedily."""
-    rng = random.Random(seed)
-    left = {
-        ((a, x), (b, y))
-        for a, b in itertools.combinations(FACTORS, 2)
-        for x, y in itertools.product(FACTORS[a], FACTORS[b])
-        if is_possible({a: x, b: y})
-    }
-    cases: list[Case] = []
-    while left:
-        fixed = dict(min(left, key=repr))
-        drawn = ({k: fixed.get(k, rng.choice(v)) for k, v in FACTORS.items()} for _ in range(200))
-        best = max((d for d in drawn if is_possible(d)), key=lambda d: len(left.intersection(pairs_of(d))))
-        left.difference_update(pairs_of(best))
-        cases.append(Case(**best))
-    return cases
+def pairwise_cases() -> list[Case]:
+    """Cases in which every possible pair of values occurs."""
+    return [Case(**values) for values in pairwise(FACTORS, RULES)]
 
 
 def full_matrix(arch: str) -> list[Case]:
@@ -90,9 +70,9 @@ def full_matrix(arch: str) -> list[Case]:
     cases = []
     for row in itertools.product(*(FACTORS[name] for name in MATRIX[1:])):
         fixed = {"arch": arch, **dict(zip(MATRIX[1:], row, strict=True))}
-        while is_possible(fixed):
+        while is_possible(fixed, RULES):
             values = fixed | {name: rng.choice(FACTORS[name]) for name in free}
-            if is_possible(values):
+            if is_possible(values, RULES):
                 cases.append(Case(**values))
                 break
     return cases
@@ -188,7 +168,4 @@ def test_every_combination_survives_packing_saving_and_a_fresh_process(arch: str
 
 
 def test_the_chosen_cases_hold_every_possible_pair_of_settings() -> None:
-    covered = {pair for case in pairwise_cases() for pair in pairs_of(case._asdict())}
-    for a, b in itertools.combinations(FACTORS, 2):
-        for x, y in itertools.product(FACTORS[a], FACTORS[b]):
-            assert (((a, x), (b, y)) in covered) == is_possible({a: x, b: y})
+    check_coverage([case._asdict() for case in pairwise_cases()], FACTORS, RULES)

@@ -18,6 +18,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     Qwen2Config,
+    Qwen3Config,
     Qwen3MoeConfig,
 )
 
@@ -32,6 +33,7 @@ CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
     "llama-tied": lambda: LlamaConfig(**DECODER, tie_word_embeddings=True),
     "llama-172": lambda: LlamaConfig(**{**DECODER, "intermediate_size": 172}, tie_word_embeddings=False),
     "qwen2": lambda: Qwen2Config(**DECODER, tie_word_embeddings=False),
+    "qwen3": lambda: Qwen3Config(**DECODER, head_dim=32, tie_word_embeddings=True),  # heads wider than the model
     "gpt2": lambda: GPT2Config(
         vocab_size=VOCAB, n_embd=64, n_layer=2, n_head=4, n_positions=128, bos_token_id=1, eos_token_id=2
     ),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib import import_module
+from signal import SIGTERM
 from typing import TYPE_CHECKING, Any
 
 from bitdistiller_peft.cli.options import did_you_mean
@@ -35,6 +38,8 @@ VERBS = {
     "eval": "perplexity, and divergence from a teacher",
     "compare": "several models on the same text, paired",
     "export": "write a packed model in another format, verified",
+    "verify-export": "compare an exported model with the packed one, code for code",
+    "import": "take over a model that another tool quantized",
     "inspect": "what a model folder holds: size by part, true bits per weight",
     "verify": "compare a model folder with its checksums",
     "push": "upload a model folder; shows the list of files first",
@@ -53,7 +58,7 @@ bitdistiller VERB --help     what a verb takes (--help-all: everything that it i
 bitdistiller --version
 
 Settings: default < YAML file (--config) < command line. Exit codes: 0 ok, 1 failed, 2 usage or settings,
-3 bad checkpoint, 4 would not fit, 130 interrupted after a clean save.
+3 bad checkpoint, 4 would not fit, 130 interrupted (Ctrl-C, SIGTERM) after a clean save.
 """
 
 
@@ -94,7 +99,7 @@ def _run(name: str, rest: list[str]) -> int:
     from bitdistiller_peft.cli.parse import full_help, parse
     from bitdistiller_peft.cli.verb import Console
 
-    verb: Verb = import_module(f"bitdistiller_peft.cli.verbs.{name}").VERB
+    verb: Verb = import_module(f"bitdistiller_peft.cli.verbs.{name.replace('-', '_')}").VERB
     extra: dict[str, Any] = {"debug": "--debug" in rest, "json": "--json" in rest}
     settings: Settings | None = None
     try:
@@ -104,7 +109,7 @@ def _run(name: str, rest: list[str]) -> int:
         settings = parse(verb, rest, extra)
         console = Console(is_json=extra["json"])
         # trainers write their logs to stdout, which is ours
-        with contextlib.redirect_stdout(sys.stderr):
+        with contextlib.redirect_stdout(sys.stderr), _sigterm_as_interrupt():
             result = verb.run(settings, console)
         console.finish(result)
         return int(result.get("exit_code", OK))
@@ -121,6 +126,23 @@ def _run(name: str, rest: list[str]) -> int:
             traceback.print_exc()
         sys.stderr.write(f"error: {explain(error, settings)}\n")
         return exit_code(error)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM unwind as Ctrl-C does; a trainer at work takes both over and finishes its step first."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    takes = threading.current_thread() is threading.main_thread() and signal.getsignal(SIGTERM) == signal.SIG_DFL
+    if takes:
+        signal.signal(SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        if takes:
+            signal.signal(SIGTERM, signal.SIG_DFL)
 
 
 def exit_code(error: BaseException) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from bitdistiller_peft._version import library_version
 from bitdistiller_peft.cli.schema import SECTIONS
-from bitdistiller_peft.cli.verb import Settings
+from bitdistiller_peft.cli.verb import Console, Settings
 from bitdistiller_peft.errors import ConfigError
 
 RESOLVED = "resolved.yaml"
@@ -67,6 +67,42 @@ def begin(
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / RESOLVED, resolved_text(settings, sections, arguments))
     return None
+
+
+def settled(
+    folder: Path | None,
+    settings: Settings,
+    *,
+    sections: Sequence[str],
+    console: Console,
+    arguments: dict[str, Any] | None = None,
+) -> dict[str, Any] | None:
+    """Claim the output folder, if there is one, and say what there is to say where nothing is left to do.
+
+    Args:
+        folder: as for `begin`; `None` where nothing is written.
+        settings: of the command.
+        sections: those that the result depends on.
+        console: is told that the result stands there already, or, on a dry run, what would be done.
+        arguments: what else it depends on.
+
+    Returns:
+        What the command returns at once: the result that is there, or that of a dry run; `None` if there is work to do.
+
+    Raises:
+        ConfigError: the folder holds something else.
+    """
+    done = None if folder is None else begin(folder, settings, sections, arguments)
+    if done is not None:
+        console.say(f"{_DONE.get(settings.verb, 'done')} before: {folder}")
+        return done
+    if settings.is_dry_run:
+        console.say(resolved_text(settings, sections, arguments))
+        return {"dry_run": True, **(arguments or {"output": str(folder)})}
+    return None
+
+
+_DONE = {"calibrate": "calibrated", "generate": "generated", "eval": "evaluated", "compare": "compared"}
 
 
 def finish(folder: Path, result: dict[str, Any]) -> dict[str, Any]:

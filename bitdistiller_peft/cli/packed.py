@@ -27,5 +27,5 @@ def save_packed(student: Any, tokenizer: Any, folder: Path, console: Console) ->
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)  # last: it writes the manifest
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    console.say(f"\n{summary}\npacked model: {folder}")
+    console.say(f"\n{summary.with_files(folder)}\npacked model: {folder}")
     return {"packed": str(folder), "bits_per_weight": summary.bits_per_weight, "bytes": num_bytes}

@@ -9,6 +9,7 @@ from bitdistiller_peft.cli.options import Option, Section
 
 STAGES = ("calibrate", "generate", "distill", "eval", "export", "push")
 DEFAULT_STAGES = ["calibrate", "generate", "distill", "eval"]
+TEXT_HELP = "text files, 'wikitext2' (Hub) or 'python-topics' (offline)"
 
 TOP = Section(
     "",
@@ -39,7 +40,7 @@ CALIBRATE = Section(
     "calibrate",
     "calibration",
     (
-        Option("texts", "list", "text files, 'wikitext2' (Hub) or 'python-topics' (offline)"),
+        Option("texts", "list", TEXT_HELP),
         Option("method", "text", "clip search, or block-wise reconstruction after it", "clip", ("clip", "blockwise")),
         Option("num_samples", "int", "windows of text", 128),
         Option("seq_len", "int", "tokens in a window", 512),
@@ -97,7 +98,7 @@ EVAL = Section(
     "eval",
     "evaluation",
     (
-        Option("text", "list", "text files, 'wikitext2' (Hub) or 'python-topics' (offline)"),
+        Option("text", "list", TEXT_HELP),
         Option("seq_len", "int", "tokens per chunk", 512),
         Option("max_chunks", "int", "use only that many chunks"),
         Option("batch_size", "int", "chunks at once", 1),

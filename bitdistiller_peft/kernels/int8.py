@@ -68,15 +68,23 @@ def ternary_int8_reference(codes: Tensor, step: Tensor, signs: Tensor, scale: Te
     return total.float() * scale.float().T * step
 
 
+def _has_integer_product(device: torch.device) -> bool:
+    """Whether int8 matrices multiply faster than fp32 ones here: with AVX-512 VNNI, three to six times."""
+    return device.type == "cpu" and torch._C._has_mkldnn and bool(torch.cpu._is_vnni_supported())
+
+
 class _TernaryInt8(torch.autograd.Function):
     """Keeps the activations as int8: a quarter of what autograd would keep."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
         codes, step = quantize_activations(inputs)
-        scale = weight.abs().amax(-1)
-        ctx.save_for_backward(codes.to(torch.int8), step, weight)
+        narrow, scale = codes.to(torch.int8), weight.abs().amax(-1)
+        ctx.save_for_backward(narrow, step, weight)
         ctx.dtypes = (inputs.dtype, dtype)
+        if codes.shape[-1] > 1 and _has_integer_product(inputs.device):  # torch 2.13 gets a width of 1 wrong
+            total = torch._int_mm(narrow.reshape(-1, narrow.shape[-1]), weight.sign().to(torch.int8).T).float()
+            return total.view(*codes.shape[:-1], len(weight)).mul_(scale).mul_(step)
         return F.linear(codes, weight.sign()).mul_(scale).mul_(step)
 
     @staticmethod
@@ -90,5 +98,5 @@ class _TernaryInt8(torch.autograd.Function):
         if not needs_weight:
             return to_inputs, None, None
         values = (codes * step).to(dtype)
-        to_weight = grad.flatten(0, -2).T @ values.flatten(0, -2)
+        to_weight = grad.reshape(-1, grad.shape[-1]).T @ values.reshape(-1, values.shape[-1])
         return to_inputs, to_weight.to(weight.dtype), None

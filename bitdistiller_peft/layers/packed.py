@@ -101,6 +101,14 @@ class PackedLinear(nn.Linear):
         Raises:
             TargetError: the inputs are integers: the model casts them to the dtype of what it takes for a weight.
         """
+        return self.multiply(input, self.bias)
+
+    def multiply(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """As `forward`, with a bias that is handed over, as engines do that keep it themselves.
+
+        Raises:
+            TargetError: the inputs are integers.
+        """
         if not input.is_floating_point():
             raise TargetError(
                 f"the inputs of a packed layer must be floating point: got {input.dtype}. This model casts them to "
@@ -110,9 +118,9 @@ class PackedLinear(nn.Linear):
         input = normalized(self, input)
         if activation_bits(self) is not None:
             if is_exact_product(self.spec, self.in_features):
-                return ternary_int8_linear(input, self.dequantize(), self.bias)
+                return ternary_int8_linear(input, self.dequantize(), bias)
             input = fake_quantize_activations(input)
-        return packed_linear(input, self.weight, packed_params(self, "weight"), self.spec, self.bias)
+        return packed_linear(input, self.weight, packed_params(self, "weight"), self.spec, bias)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The dense weight ``[out, in]`` that the codes stand for."""

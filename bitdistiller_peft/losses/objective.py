@@ -38,6 +38,8 @@ class Objective:
             they have at temperature 1 (Hinton et al., 2015). Statistics are never rescaled.
         ce_weight: how much cross-entropy with the labels to add; not negative.
         jsd_beta: the teacher's share of the mixture in `jsd`, in [0, 1]; see `jensen_shannon`.
+        largest_gamma: what `gamma` may be at most; above 1, the weight of forward KL turns negative, as it can in
+            BitDistiller's released code.
         weights: for `loss_type="mixture"`: part to weight, not negative, e.g. ``{"cakld": 1.0, "ce": 0.1}``. A part of
             weight 0 is measured and not trained.
 
@@ -57,6 +59,7 @@ class Objective:
     ce_weight: float = 0.0
     jsd_beta: float = 0.5
     weights: Mapping[str, float] | None = field(default=None, hash=False)
+    largest_gamma: float = 1.0
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, and keep a copy of `weights` of one's own."""
@@ -147,6 +150,8 @@ class Objective:
                 f"loss_type={self.loss_type!r}. Use loss_type='cakld', or gamma=None."
             ]
         if self.gamma is None or self.gamma == "per_token":
+            return []
+        if _is_number(self.gamma) and 1 < float(self.gamma) <= self.largest_gamma:
             return []
         return _unit_faults("gamma", self.gamma, GAMMA_ADVICE + " Or gamma='per_token'.")
 

@@ -16,13 +16,19 @@ def bitdistiller(preset: str, given: Mapping[str, Any]) -> Recipe:
     """BitDistiller (arXiv 2402.10631): INT2, or NF3 where 3 bits are asked for; clip search; CAKLD on own texts.
 
     Min and max of each group are taken anew at every step. Norms, embeddings and head are trained too, as in the
-    released code; the clip search leaves out q and k as it does.
+    released code; the clip search leaves out q and k as it does. `arithmetic="released"` also takes its rounding,
+    gamma, mask and reduction, with scales that are not rounded to 16 bits and prompts in the loss.
     """
+    model: dict[str, Any] = {}
+    training: dict[str, Any] = {}
+    if given.get("arithmetic") == "released":
+        model = {"scale_dtype": "float32"}
+        training = {"gamma_num_batches": 11, "completion_only_loss": False}
     grid = "nf" if given.get("bits", 2) == 3 else "int"
     return Recipe(
         "bitdistiller",
         stages=("calibrate", "generate", "distill"),
-        model={"bits": 2, "grid": grid, "group_size": 128, "learn_scale": False, "train_other": "all"},
+        model={"bits": 2, "grid": grid, "group_size": 128, "learn_scale": False, "train_other": "all", **model},
         calibration=({"method": "clip", "num_samples": CLIP_SAMPLES[preset], "skip": ("q_proj", "k_proj")},),
         data={"temperature": 0.7, "top_p": 1.0, "max_new_tokens": 1024},
         training={
@@ -32,6 +38,7 @@ def bitdistiller(preset: str, given: Mapping[str, Any]) -> Recipe:
             "weight_decay": 0.0,
             "max_length": 1024,
             "num_train_epochs": EPOCHS[preset],
+            **training,
         },
     )
 

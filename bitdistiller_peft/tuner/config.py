@@ -55,6 +55,8 @@ class BitDistillerConfig(PeftConfig):
         subln_eps: added to the mean square by these norms.
         subln_modules: for `subln="output"`: endings of the names of the output projections, e.g.
             `["o_proj", "down_proj"]`; `None` for the usual ones.
+        arithmetic: `"released"` rounds and takes ranges as BitDistiller's released code does, to compare results like
+            for like (grids `"int"` and `"nf"`, `learn_scale=False`); `DistillConfig` has the same field.
         packing: how `pack_and_unload` lays out codes: `"bitstream"`, or `"base3"` (five codes a byte) for ternary ones.
         train_other: what else is trained, as copies that `disable_adapter()` undoes: `"none"`, `"norms"`, or `"all"`
             (norms, embeddings and output head).
@@ -109,6 +111,9 @@ class BitDistillerConfig(PeftConfig):
     subln_eps: float = field(default=SUBLN_EPS, metadata={"help": "Added to the mean square by these norms."})
     subln_modules: list[str] | None = field(
         default=None, metadata={"help": "For subln 'output': endings of the names of the output projections."}
+    )
+    arithmetic: str = field(
+        default="default", metadata={"help": "'released' computes as BitDistiller's released code does."}
     )
     packing: str = field(
         default="bitstream", metadata={"help": "Layout of the codes: 'bitstream', or 'base3' for ternary ones."}
@@ -206,6 +211,11 @@ class BitDistillerConfig(PeftConfig):
                 "`learn_zero_point` must come with `learn_scale`: got learn_zero_point=True, learn_scale=False. "
                 "Set learn_scale=True."
             )
+        if self.arithmetic == "released" and self.learn_scale:
+            raise ConfigError(
+                "`learn_scale` must be False with arithmetic='released', which recomputes scales on every forward: got "
+                "learn_scale=True. Set learn_scale=False."
+            )
         if self.learn_zero_point and not self.spec().grid.has_zero_point:
             raise ConfigError(
                 f"`learn_zero_point` must be False for a grid without zero points: got grid={self.grid!r}. "
@@ -240,7 +250,8 @@ class BitDistillerConfig(PeftConfig):
         if unknown:
             raise UnknownNameError(f"overrides[{pattern!r}]", unknown[0], OVERRIDE_KEYS)
         values = {key: getattr(self, key) for key in OVERRIDE_KEYS} | override
-        spec = QuantSpec.create(values.pop("grid"), values.pop("bits"), gradient=self.gradient, **values)
+        values |= {"gradient": self.gradient, "arithmetic": self.arithmetic}
+        spec = QuantSpec.create(values.pop("grid"), values.pop("bits"), **values)
         return spec.packed_as(self.packing)
 
 

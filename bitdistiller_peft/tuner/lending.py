@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 
 import torch
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from bitdistiller_peft.tuner.layer import BitDistillerLayer
@@ -47,16 +48,17 @@ def full_precision(model: nn.Module) -> Iterator[None]:
     user froze, and it walks the whole model to describe it, on every step.
 
     Args:
-        model: a student of ours; any other model is only borrowed.
+        model: a student of ours, with or without PEFT's model around it; any other model is only borrowed.
     """
-    layers = [module for module in model.modules() if isinstance(module, BitDistillerLayer)]
-    is_off = all(layer.disable_adapters for layer in layers)
-    tuner: nn.Module = getattr(model, "base_model", model)
+    overlays = [module for module in model.modules() if isinstance(module, BitDistillerLayer)]
+    # a model without overlays may have adapters of other kinds, which are part of it
+    copies = [m for m in model.modules() if overlays and isinstance(m, AuxiliaryTrainingWrapper)]
+    switched = [module for module in (*overlays, *copies) if not module.disable_adapters]
     with borrowed(model, keep_random_state=False):
-        if not is_off:
-            tuner.disable_adapter_layers()  # type: ignore[operator]
         try:
+            for module in switched:
+                module.enable_adapters(False)
             yield
         finally:
-            if not is_off:
-                tuner.enable_adapter_layers()  # type: ignore[operator]
+            for module in switched:
+                module.enable_adapters(True)

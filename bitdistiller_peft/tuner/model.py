@@ -16,6 +16,7 @@ from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import PREFIX, BitDistillerLayer, overlay
 from bitdistiller_peft.tuner.pack import pack_model
 from bitdistiller_peft.tuner.targets import (
+    check_engine,
     check_model,
     check_not_wrapped,
     check_targets,
@@ -55,6 +56,7 @@ class BitDistillerModel(BaseTuner):
     def _prepare_model(self, peft_config: BitDistillerConfig, model: nn.Module) -> None:
         check_model(model)
         resolve_targets(peft_config, model)
+        check_engine(peft_config, model)
         check_targets(peft_config, model)
         if others := other_modules(peft_config, model):
             peft_config.modules_to_save = sorted({*(peft_config.modules_to_save or []), *others})

@@ -21,10 +21,12 @@ from bitdistiller_peft.hub.modules import (
     is_experts,
     is_linear,
     tied_names,
+    weight_shape,
 )
 from bitdistiller_peft.hub.projections import check_projections
 from bitdistiller_peft.layers import iter_quantized, quant_specs
 from bitdistiller_peft.quantizers import find_params
+from bitdistiller_peft.recipes.targets import TargetLayer, check_target_layers
 from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import BitDistillerLayer
 
@@ -141,6 +143,25 @@ def check_targets(config: BitDistillerConfig, model: nn.Module) -> None:
             raise add_location(error, f"layer {name!r}") from None
 
 
+def check_engine(config: BitDistillerConfig, model: nn.Module) -> None:
+    """Refuse, before anything is replaced, layers that the config's `target` engine could not run.
+
+    Raises:
+        ConfigError: those layers by name, each with the reason.
+    """
+    if config.target is None:
+        return
+    layers = []
+    for name, module in linear_like(model):
+        base = module.base_layer if isinstance(module, BitDistillerLayer) else module
+        if is_experts(base):
+            kind, widths = "experts", tuple(getattr(base, key).shape[-1] for key in expert_parameters(base))
+        else:
+            kind, widths = "conv1d" if isinstance(base, Conv1D) else "linear", (weight_shape(base)[1],)
+        layers.append(TargetLayer(name, kind, widths, is_target(config, name)))
+    check_target_layers(config, config.target, layers, type(model).__name__ if hasattr(model, "config") else "")
+
+
 def is_target(config: BitDistillerConfig, name: str) -> bool:
     """Whether the config targets the module of this name."""
     matched = check_target_module_exists(config, name)
@@ -204,7 +225,9 @@ def other_modules(config: BitDistillerConfig, model: nn.Module) -> list[str]:
         if tied_names(model) & set(found):
             raise TargetError(
                 f"`train_other` must not be 'all' where embeddings and head are tied: got tied modules {found}. "
-                "Use train_other='norms', or untie them first."
+                "Use train_other='norms', which trains all but these, or untie them first, at the price of a second "
+                "matrix: head = model.get_output_embeddings(); head.weight = torch.nn.Parameter(head.weight.clone()); "
+                "model.config.tie_word_embeddings = False; model.all_tied_weights_keys = {}."
             )
         names |= {name for name in found if not is_target(config, name)}
     return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})

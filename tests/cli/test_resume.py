@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import TrainerCallback
 
+from bitdistiller_peft.calibration import blockwise
 from bitdistiller_peft.training import DistillTrainer
 from tests.cli.conftest import Command, chain_yaml
 
@@ -96,6 +97,53 @@ def test_a_crash_goes_on_from_the_last_whole_checkpoint_and_ends_with_the_same_w
     assert command("run", "-c", other).code == 0
     weights = Path("distill") / "packed" / "model.safetensors"
     assert (output / weights).read_bytes() == (tmp_path / "straight" / weights).read_bytes()
+
+
+def test_a_run_killed_within_its_first_checkpoint_starts_anew_by_itself(
+    command: Command, chain: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, output = chain
+    with monkeypatch.context() as patch:
+        inject(patch, _At(2, RuntimeError("the power went")))
+        assert command("run", "-c", path).code == 1
+    for torn in (output / "distill" / "trainer").glob("checkpoint-*"):
+        (torn / "trainer_state.json").unlink()
+    with monkeypatch.context() as patch:
+        began = inject(patch, _At(99))
+        done = command("run", "-c", path)
+    assert (done.code, began) == (0, [0]), done.err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["sigterm", "ctrl-c"])
+def test_a_blockwise_calibration_keeps_its_blocks_and_the_same_command_goes_on(
+    number: int, command: Command, base: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = f"model: {base}\ndevice: cpu\nquant: {{bits: 2, group_size: 32}}\ncalibrate: {{method: blockwise, "
+    settings += f"epochs: 1, texts: [{files / 'text.txt'}], num_samples: 2, seq_len: 32, pack: true}}\n"
+    path, train, trained = tmp_path / "run.yaml", blockwise._Block._train, []
+    path.write_text(settings, encoding="utf-8")
+
+    def interrupted(self, options) -> None:
+        trained.append(self.name)
+        if self.name.endswith(".1"):
+            os.kill(os.getpid(), number)
+        train(self, options)
+
+    before = [signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)]
+    with monkeypatch.context() as patch:
+        patch.setattr(blockwise._Block, "_train", interrupted)
+        done = command("calibrate", "-c", path, "--output", tmp_path / "a")
+        assert done.code == 130
+        assert "the same command goes on" in done.err
+        number = 0  # nothing more is sent
+        assert command("calibrate", "-c", path, "--output", tmp_path / "a").code == 0
+    assert signal.signal(signal.SIGINT, before[0]) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGTERM) == before[1]
+    assert [name[-2:] for name in trained] == [".0", ".1", ".1"]
+    assert not (tmp_path / "a" / "blocks").exists()
+    assert command("calibrate", "-c", path, "--output", tmp_path / "b").code == 0
+    weights = Path("packed") / "model.safetensors"
+    assert (tmp_path / "a" / weights).read_bytes() == (tmp_path / "b" / weights).read_bytes()
 
 
 # ------------------------------------------------------------------------------------------------ fresh processes

@@ -415,6 +415,32 @@ def test_export_writes_a_folder_per_format_and_refuses_an_unknown_one(
     assert not (tmp_path / "other").exists()
 
 
+def test_verify_export_compares_codes_and_logits_and_names_what_differs(
+    command: Command, packed: Path, tmp_path: Path
+) -> None:
+    from bitdistiller_peft import export_model
+
+    exported = export_model(packed, "dequantized", tmp_path / "out").folder
+    arguments = ("verify-export", packed, exported, "--format", "dequantized")
+    assert command(*arguments, "--dry-run").code == 0
+    done = command(*arguments, "--engine", "transformers", "--json")
+    assert done.code == 0, done.err
+    assert done.json["num_weights"] == 14
+    assert [found["by"].split()[0] for found in done.json["logits"]] == ["the", "transformers_engine"]
+    assert all(found["difference"] <= found["tolerance"] for found in done.json["logits"])
+    assert command(*arguments, "--no-logits", "--json").json["logits"] == []
+    content = bytearray((exported / WEIGHTS).read_bytes())
+    content[-3] ^= 1
+    (exported / WEIGHTS).write_bytes(content)
+    done = command(*arguments)
+    assert done.code == 3
+    assert "must equal the packed model's" in done.err
+    assert command(*arguments[:-2]).code == 2
+    done = command(*arguments[:-1], "dequantised")
+    assert done.code == 2
+    assert "Did you mean 'dequantized'?" in done.err
+
+
 def test_the_chain_exports_and_pushes_once(
     command: Command, base: Path, files: Path, hub: SimpleNamespace, tmp_path: Path
 ) -> None:

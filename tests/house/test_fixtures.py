@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import random
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -23,6 +26,22 @@ def test_no_socket_leaves_the_machine(address: tuple[str, int]) -> None:
         closed.sendto(b"hello", address)
     with pytest.raises(RuntimeError, match="loopback only"):
         socket.create_connection(address[:2])
+
+
+def test_no_python_that_a_test_starts_leaves_the_machine_either() -> None:
+    code = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=5)"
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert child.returncode == 1
+    assert "NetworkBlockedError: tests may talk to loopback only" in child.stderr
+
+
+def test_every_import_is_made_with_the_network_closed() -> None:
+    """In a fresh Python, without the settings that keep the libraries of Hugging Face offline."""
+    code = "import bitdistiller_peft.training, bitdistiller_peft.export, bitdistiller_peft.cli"
+    online = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    child = subprocess.run([sys.executable, "-c", code], env=online, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr[-2000:]
+    assert "NetworkBlocked" not in child.stderr
 
 
 def test_loopback_stays_open() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -153,7 +154,8 @@ def test_a_latent_model_says_what_it_will_take_once_packed(bases: Path, saved: G
 def test_the_printed_table_and_the_card_show_these_numbers(saved: GetSaved, capsys: pytest.CaptureFixture[str]) -> None:
     original = saved("mixtral")
     print_quant_summary(original.model)
-    header, ruler, *rows, total, size, kernels = capsys.readouterr().out.splitlines()
+    by_kind, by_part, (size, kernels) = (block.splitlines() for block in capsys.readouterr().out.strip().split("\n\n"))
+    header, ruler, *rows, total = by_kind
     assert header.split() == ["weights", "bits", "group", "state", "tensors", "parameters", "bits/weight"]
     assert set(ruler) == {"-"}
     bits = file_bytes(original.folder) * 8
@@ -163,5 +165,63 @@ def test_the_printed_table_and_the_card_show_these_numbers(saved: GetSaved, caps
     assert kernels == f"kernels on cpu: {backend_info('cpu')}"
     assert [row.split()[0] for row in rows] == ["int", "float32"]
     card = (original.folder / "README.md").read_text(encoding="utf-8")
+    assert by_part[0].split()[:3] == ["part", "weights", "bytes"]
+    assert f"{bits / 8:,.0f}" in by_part[-1]
+    assert f"| total | {weights:,} | {(original.folder / WEIGHTS).stat().st_size:,} |" in card
     assert f"Packed low-bit weights: {bits / weights:.2f} bits per weight over the whole file" in card
     assert all(cell in card for row in rows for cell in row.split())
+
+
+@pytest.mark.parametrize(
+    ("arch", "settings"),
+    [
+        ("llama", {"bits": 2}),
+        ("llama-tied", {"bits": 3, "group_size": -1}),
+        ("llama-172", {"bits": 3, "group_size": -1}),
+        ("qwen2", {"grid": "nf", "bits": 3}),
+        ("llama", {"grid": "ternary", "packing": "base3"}),
+        ("llama", {"grid": "r2q", "subln": "all"}),
+        ("mixtral", {"bits": 2}),
+        ("gpt2", {"bits": 4}),
+        ("llama", {"bits": 3, "target_modules": r".*(_proj|lm_head)"}),
+    ],
+    ids=str,
+)
+def test_the_parts_are_the_file_to_the_last_bit(
+    arch: str, settings: dict[str, Any], bases: Path, saved: GetSaved, tmp_path: Path
+) -> None:
+    student = make_student(arch, bases, steps=0, **settings)
+    before = quant_summary(student)
+    model = student.pack_and_unload(progressbar=False)
+    model.save_pretrained(tmp_path)
+    summary = quant_summary(model).with_files(tmp_path)
+    bits = {part.part: part.stored_bits for part in summary.parts}
+    assert sum(bits.values()) == 8 * (tmp_path / WEIGHTS).stat().st_size
+    gains = sum(tensor.numel() for name, tensor in load_file(tmp_path / WEIGHTS).items() if "input_norm" in name)
+    assert sum(part.num_weights for part in summary.parts) == num_weights(save_base(arch, bases)) + gains
+    assert {part: size for part, size in bits.items() if part != "metadata"} == {
+        part.part: part.stored_bits for part in before.parts
+    }
+    # against the file: what its names say, read apart from any model
+    tensors = load_file(tmp_path / WEIGHTS)
+    packed = {name for name in tensors if f"{name}_scale" in tensors}
+    scales = [name for name in tensors if name.endswith(("_scale", "_scale_negative", "_scale_residual"))]
+    zeros = [name for name in tensors if name.endswith("_zero_point")]
+    assert bits["scales"] == 8 * sum(tensors[name].nbytes for name in scales)
+    words = 8 * sum(tensors[name].nbytes for name in (*packed, *zeros))
+    assert bits["codes"] + bits.get("zero points", 0) + bits.get("padding", 0) == words
+    norms = [name for name in tensors if re.search(r"norm|ln_", name)]
+    assert bits["norms"] == 8 * sum(tensors[name].nbytes for name in norms if name not in (*packed, *scales, *zeros))
+    heads = [name for name in tensors if "lm_head" in name and name not in (*packed, *scales, *zeros)]
+    assert bits.get("head", 0) == 8 * sum(tensors[name].nbytes for name in heads)
+    start = 8 + int.from_bytes((tmp_path / WEIGHTS).read_bytes()[:8], "little")
+    assert bits["metadata"] == 8 * start
+
+
+def test_padding_is_counted_apart(bases: Path) -> None:
+    summary = quant_summary(make_student("llama-172", bases, steps=0, bits=3, group_size=-1))
+    bits = {part.part: part.stored_bits for part in summary.parts}
+    # rows of 64 and 172 codes of 3 bits take 6 and 17 words of 32; one zero point of 3 bits takes one
+    rows = {64: 2 * (64 + 32 + 32 + 64 + 172 + 172), 172: 2 * 64}
+    tails = {width: 32 * -(-3 * width // 32) - 3 * width for width in rows}
+    assert bits["padding"] == sum(count * (32 - 3 + tails[width]) for width, count in rows.items())

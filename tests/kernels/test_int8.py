@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bitdistiller_peft.kernels import is_exact_product, ternary_int8_linear, ternary_int8_reference
+from bitdistiller_peft.kernels import int8, is_exact_product, ternary_int8_linear, ternary_int8_reference
+from bitdistiller_peft.layers import PackedLinear
 from bitdistiller_peft.quantizers import QuantSpec, dequantize, fake_quantize_activations, find_params, quantize
 from bitdistiller_peft.quantizers.activation import quantize_activations
 
@@ -33,6 +34,59 @@ def test_the_product_equals_integer_accumulation_bit_for_bit(
     flat = activations.flatten(0, 1).to(torch.int8), step.flatten(0, 1)
     expected = ternary_int8_reference(*flat, codes.to(torch.int8) - 1, params.scale) + bias
     assert torch.equal(ternary_int8_linear(inputs, weight, bias), expected.unflatten(0, (2, 5)).to(dtype))
+
+
+@each_size
+@pytest.mark.parametrize("packing", ["bitstream", "base3"])
+@pytest.mark.parametrize("width", [1, 43, 640])
+def test_a_packed_layer_multiplies_as_64_bit_integers_do(
+    size: int | str, packing: str, width: int, generator: torch.Generator
+) -> None:
+    codes, params, _ = ternary(size, generator, width=width)
+    layer = PackedLinear.from_codes(codes, params, SPECS[size].packed_as(packing))
+    layer.activation_bits = 8
+    inputs = torch.randn(7, width, generator=generator) * 10.0 ** torch.randint(-6, 4, (7, 1), generator=generator)
+    inputs[0] = 0
+    largest = inputs.abs().amax(-1, keepdim=True).clamp(min=1e-5)
+    integers = (inputs * (127 / largest)).round().to(torch.int64)
+    total = integers @ (codes.to(torch.int64) - 1).T
+    assert torch.equal(layer(inputs), total.float() * params.scale.float().T * (largest / 127))
+
+
+@pytest.mark.parametrize("shape", [(0, 300), (2, 0, 300), (300,)], ids=str)
+def test_no_token_and_a_single_one_are_multiplied_too(shape: tuple[int, ...], generator: torch.Generator) -> None:
+    weight = ternary("tensor", generator)[2].requires_grad_()
+    inputs = torch.ones(shape, requires_grad=True)
+    output = ternary_int8_linear(inputs, weight)
+    assert output.shape == (*shape[:-1], 24)
+    output.sum().backward()
+    assert inputs.grad.shape == inputs.shape
+    assert bool(weight.grad.any()) == bool(inputs.numel())
+
+
+def test_the_largest_sums_that_can_occur_are_exact() -> None:
+    width = 132_104
+    weight = torch.ones(2, width)
+    weight[1, 1:] = -1
+    inputs = torch.ones(1, width)
+    assert ternary_int8_linear(inputs, weight).tolist() == [[width, 2 - width]]
+
+
+@each_size
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_integer_and_fp32_accumulation_agree_in_value_and_gradient(
+    size: int | str, dtype: torch.dtype, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, _, weight = ternary(size, generator)
+    inputs = torch.randn(2, 5, 300, generator=generator).to(dtype)
+    found = []
+    for is_integer in (True, False):
+        monkeypatch.setattr(int8, "_has_integer_product", lambda device, answer=is_integer: answer)
+        ours = [inputs.clone().requires_grad_(), weight.clone().requires_grad_()]
+        output = ternary_int8_linear(*ours)
+        output.float().square().sum().backward()
+        found.append([output.detach(), *(tensor.grad for tensor in ours)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 @each_size

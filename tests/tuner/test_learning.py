@@ -229,6 +229,7 @@ KNOBS = {
     "grid": ("nf", start_logits, {}),
     "scale_dtype": ("bfloat16", start_logits, {}),
     "zero_point_range": ((1, 2), start_logits, {}),
+    "arithmetic": ("released", start_logits, {"learn_scale": False}),
     "gradient": ("ste", all_gradients, {"learn_scale": False}),
     "learn_scale": (False, trainable_names, {}),
     "learn_zero_point": (True, trainable_names, {}),

@@ -169,6 +169,7 @@ NORMS = {
     "llama-tied": 2 * 2 + 1,
     "llama-172": 2 * 2 + 1,
     "qwen2": 2 * 2 + 1,
+    "qwen3": 2 * 4 + 1,
     "gpt2": 2 * (2 * 2 + 1),  # weights and biases
     "opt": 2 * (2 * 2 + 1),
     "gemma2": 2 * 4 + 1,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from bitdistiller_peft.cli.texts import load_texts
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
 
 SECTIONS = ("", "quant", "calibrate")
+BLOCKS = "blocks"
 OWN = ("texts", "method", "num_samples", "seq_len", "batch_size", "pack")
 
 
@@ -34,14 +36,16 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     needs_text = settings["calibrate.objective"] != "weight" or settings["calibrate.method"] == "blockwise"
     texts = load_texts(settings.need("calibrate.texts"), "calibration") if needs_text else None
     folder = Path(settings.need("output"))
-    done = output.begin(folder, settings, SECTIONS)
+    done = output.settled(folder, settings, sections=SECTIONS, console=console)
     if done is not None:
-        console.say(f"calibrated before: {folder}")
         return done
-    if settings.is_dry_run:
-        console.say(output.resolved_text(settings, SECTIONS))
-        return {"dry_run": True, "output": str(folder)}
-    return output.finish(folder, _calibrate(settings, console, texts, folder))
+    try:
+        result = output.finish(folder, _calibrate(settings, console, texts, folder))
+    except KeyboardInterrupt:
+        kept = "Finished blocks are kept; the" if settings["calibrate.method"] == "blockwise" else "The"
+        raise KeyboardInterrupt(f"{kept} same command goes on.") from None
+    shutil.rmtree(folder / BLOCKS, ignore_errors=True)  # only a run that was cut off needs them
+    return result
 
 
 def _calibrate(settings: Settings, console: Console, texts: list[str] | None, folder: Path) -> dict[str, Any]:
@@ -64,6 +68,7 @@ def _calibrate(settings: Settings, console: Console, texts: list[str] | None, fo
         batch_size=values["batch_size"],
         show_progress=True,
         output_path=folder / "calibration.safetensors",
+        resume_dir=folder / BLOCKS if values["method"] == "blockwise" else None,
         **options,
     )
     console.say(found)
@@ -90,5 +95,7 @@ VERB = Verb(
     epilog="""
 examples:
   bitdistiller calibrate --model MODEL --bits 2 --group-size 64 --texts wikitext2 --output out/clip --pack
-  bitdistiller calibrate -c run.yaml        the first stage of the chain""",
+  bitdistiller calibrate -c run.yaml        the first stage of the chain
+
+After a kill or Ctrl-C the same command goes on: --method blockwise with the first block that is missing.""",
 )

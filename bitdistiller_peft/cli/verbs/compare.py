@@ -31,13 +31,9 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     texts = load_texts(settings.need("eval.text"), "evaluation")
     arguments = {"models": " ".join(sources)}
     folder = Path(settings["output"]) if settings["output"] else None
-    done = None if folder is None else output.begin(folder, settings, SECTIONS, arguments)
+    done = output.settled(folder, settings, sections=SECTIONS, console=console, arguments=arguments)
     if done is not None:
-        console.say(f"compared before: {folder}")
         return done
-    if settings.is_dry_run:
-        console.say(output.resolved_text(settings, SECTIONS, arguments))
-        return {"dry_run": True, **arguments}
     result = _compare(settings, console, texts, sources)
     cells = [_cells(row) for row in result["rows"]]
     console.say(f"{table(HEADER, cells)}\n\nprotocol: {result['protocol']}\n{result['method']}")

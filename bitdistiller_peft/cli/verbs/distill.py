@@ -81,9 +81,8 @@ def _train(settings: Settings, args: Any, data: Any, tokenizer: Any) -> Any:
         model = models.load_any(source, settings, "cpu", key="distill.student", is_trainable=True)
     trainer = DistillTrainer(model, args, train_dataset=data, processing_class=tokenizer)
     checkpoints = Path(args.output_dir)
-    can_resume = settings["distill.resume"] and newest_whole(checkpoints) is not None
     try:
-        trainer.train(resume_from_checkpoint=True if can_resume else None)
+        trainer.train(resume_from_checkpoint="auto" if settings["distill.resume"] else None)
     except (KeyboardInterrupt, SystemExit):  # the trainer has saved before it left
         saved = newest_whole(checkpoints)
         words = "No checkpoint was written yet" if saved is None else f"Saved {saved}"

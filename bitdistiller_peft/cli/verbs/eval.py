@@ -46,13 +46,9 @@ def execute(settings: Settings, console: Console, sources: list[str], teacher: s
     texts = load_texts(settings.need("eval.text"), "evaluation")
     arguments = {"models": " ".join(sources), "teacher": teacher}
     folder = Path(settings["output"]) if settings["output"] else None
-    done = None if folder is None else output.begin(folder, settings, SECTIONS, arguments)
+    done = output.settled(folder, settings, sections=SECTIONS, console=console, arguments=arguments)
     if done is not None:
-        console.say(f"evaluated before: {folder}")
         return done
-    if settings.is_dry_run:
-        console.say(output.resolved_text(settings, SECTIONS, arguments))
-        return {"dry_run": True, **arguments}
     device = models.choose_device(settings, console)
     rows = [_evaluate(settings, device, texts, source, teacher) for source in sources]
     cells = [_cells(row) for row in rows]

@@ -29,13 +29,9 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     values = settings.section("generate")
     load_prompts(settings.need("generate.prompts"), "text", has_template=False, max_prompts=1)  # refuse early
     folder = Path(settings.need("output"))
-    done = output.begin(folder, settings, SECTIONS)
+    done = output.settled(folder, settings, sections=SECTIONS, console=console)
     if done is not None:
-        console.say(f"generated before: {folder}")
         return done
-    if settings.is_dry_run:
-        console.say(output.resolved_text(settings, SECTIONS))
-        return {"dry_run": True, "output": str(folder)}
     start = time.perf_counter()
     device = models.choose_device(settings, console)
     tokenizer = models.load_tokenizer(settings["model"])

@@ -119,5 +119,6 @@ examples:
   bitdistiller init run.yaml && bitdistiller run -c run.yaml
   bitdistiller run -c run.yaml --distill.learning-rate 8e-6 --output out/lower-rate
 
-After a kill or Ctrl-C, the same command goes on: finished stages are kept, `generate` and `distill` continue.""",
+After a kill or Ctrl-C, the same command goes on: finished stages are kept; `generate`, `distill` and a
+block-wise `calibrate` continue.""",
 )
