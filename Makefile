@@ -68,7 +68,7 @@ nightly: venv
 # Works on a copy, in mutants/; goes on where it was stopped. CORE="bitdistiller_peft.packing*" does a part of it.
 CORE ?=
 mutation: venv
-	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt "mutmut>=3.2"
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt "mutmut>=3.8"
 	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/mutmut run $(CORE)
 	$(BIN)/mutmut results
 
