@@ -17,7 +17,7 @@ from bitdistiller_peft.errors import ExportError
 from bitdistiller_peft.export.affine import fixed_zero_point, refuse_not_affine, zero_points
 from bitdistiller_peft.export.files import write_config
 from bitdistiller_peft.export.formats import ExportFormat, ForeignTensor, ForeignWeight, Options
-from bitdistiller_peft.export.onnx_graph import float_graph, refuse_architecture
+from bitdistiller_peft.export.onnx_graph import BITS, float_graph, refuse_bits, refuse_model, stored_bits
 from bitdistiller_peft.export.onnx_reader import read
 from bitdistiller_peft.export.source import PackedSource, PackedWeight
 from bitdistiller_peft.grids import ResidualGrid
@@ -25,30 +25,16 @@ from bitdistiller_peft.packing import pack_codes
 
 FILE_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 DOMAIN = "com.microsoft"
-BITS = (2, 4, 8)
 BLOCK_SIZES = (256, 128, 64, 32, 16)  # what onnxruntime takes at every width
 TIED_ZERO_POINT = 1.5  # of the tied residual grid, whose levels are -1.5, -0.5, 0.5 and 1.5 scales
 
 
-def _refuse_model(source: PackedSource, options: Options) -> str | None:
-    return refuse_architecture(source)
-
-
 def _refuse(weight: PackedWeight, options: Options) -> str | None:
-    bits = weight.spec.grid.bits
-    if ".experts." in weight.name:
-        return "it is one expert of several, which the model keeps in one tensor"
-    if _stored_bits(weight, options) not in BITS:
-        return f"{bits}-bit codes are none of the widths of MatMulNBits, {BITS}"
-    if _stored_bits(weight, options) < bits:
-        return f"{bits}-bit codes do not fit into {options['widen_to']} bits"
+    if (reason := refuse_bits(weight, options, "of MatMulNBits")) is not None:
+        return reason
     if _block_size(weight) is None:
         return f"groups of {weight.group_width} weights are not made of blocks of {BLOCK_SIZES[-1]}"
     return None if _is_tied(weight) else refuse_not_affine(weight)
-
-
-def _stored_bits(weight: PackedWeight, options: Options) -> int:
-    return int(options["widen_to"] or weight.spec.grid.bits)
 
 
 def _block_size(weight: PackedWeight) -> int | None:
@@ -71,7 +57,7 @@ def _write(source: PackedSource, folder: Path, options: Options) -> None:
     model: Any = onnx_ir.from_proto(float_graph(source))
     writer = _Writer(model.graph)
     for weight in source.weights():
-        writer.quantize(weight, _stored_bits(weight, options))
+        writer.quantize(weight, stored_bits(weight, options))
     for name, tensor in source.plain():
         writer.fill(name, tensor)
     model.opset_imports[DOMAIN] = 1
@@ -180,7 +166,7 @@ FORMAT = ExportFormat(
     name="onnx",
     engines="onnxruntime",
     refuse_weight=_refuse,
-    refuse_model=_refuse_model,
+    refuse_model=refuse_model,
     write=_write,
     read=_read,
     options={"widen_to": (None, *BITS[1:])},

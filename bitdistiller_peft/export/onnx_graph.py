@@ -21,24 +21,41 @@ from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
 
 from bitdistiller_peft.errors import ExportError
-from bitdistiller_peft.export.source import PackedSource
+from bitdistiller_peft.export.formats import Options
+from bitdistiller_peft.export.source import PackedSource, PackedWeight
+from bitdistiller_peft.recipes.targets import TARGETS
 
+BITS = (2, 4, 8)  # widths of codes, in MatMulNBits and in OpenVINO
 INPUTS = ("input_ids", "attention_mask", "position_ids")
-# graphs of these were compared with the packed model, logit by logit, with and without cache and padding
-ARCHITECTURES = (
-    "GPT2LMHeadModel",
-    "Gemma2ForCausalLM",
-    "Gemma3ForCausalLM",
-    "LlamaForCausalLM",
-    "MistralForCausalLM",
-    "OPTForCausalLM",
-    "Qwen2ForCausalLM",
-    "Qwen3ForCausalLM",
-)
+# their graphs were compared with the packed model, logit by logit, with and without cache and padding
+ARCHITECTURES = TARGETS["onnx"].architectures
 _BATCH, _PAST, _TOKENS = 2, 5, 3  # what is traced; all different, and none is 0 or 1, which the tracer takes as fixed
 
 
-def refuse_architecture(source: PackedSource) -> str | None:
+def stored_bits(weight: PackedWeight, options: Options) -> int:
+    """The width of the codes in the file."""
+    return int(options["widen_to"] or weight.spec.grid.bits)
+
+
+def refuse_bits(weight: PackedWeight, options: Options, what: str) -> str | None:
+    """The reason why a matrix's codes cannot be swapped into the graph, or `None`.
+
+    Args:
+        weight: the matrix.
+        options: options of the export.
+        what: whose widths `BITS` are, for the message.
+    """
+    bits = weight.spec.grid.bits
+    if ".experts." in weight.name:
+        return "it is one expert of several, which the model keeps in one tensor"
+    if stored_bits(weight, options) not in BITS:
+        return f"{bits}-bit codes are none of the widths {what}, {BITS}"
+    if stored_bits(weight, options) < bits:
+        return f"{bits}-bit codes do not fit into {options['widen_to']} bits"
+    return None
+
+
+def refuse_model(source: PackedSource, options: Options) -> str | None:
     """The reason why a model's graph is not known to be right, or `None`."""
     if source.architecture not in ARCHITECTURES:
         return f"architecture {source.architecture!r} is not among {list(ARCHITECTURES)}, whose graphs are tested"

@@ -20,31 +20,15 @@ from bitdistiller_peft.errors import ExportError
 from bitdistiller_peft.export.affine import fixed_zero_point, refuse_not_affine, zero_points
 from bitdistiller_peft.export.files import write_config
 from bitdistiller_peft.export.formats import ExportFormat, ForeignTensor, ForeignWeight, Options
-from bitdistiller_peft.export.onnx_graph import float_graph, refuse_architecture
+from bitdistiller_peft.export.onnx_graph import BITS, float_graph, refuse_bits, refuse_model, stored_bits
 from bitdistiller_peft.export.source import PackedSource, PackedWeight
 from bitdistiller_peft.packing import pack_codes
 
 FILE_NAME = "openvino_model.xml"
-BITS = (2, 4, 8)
-
-
-def _refuse_model(source: PackedSource, options: Options) -> str | None:
-    return refuse_architecture(source)
 
 
 def _refuse(weight: PackedWeight, options: Options) -> str | None:
-    bits = weight.spec.grid.bits
-    if ".experts." in weight.name:
-        return "it is one expert of several, which the model keeps in one tensor"
-    if _stored_bits(weight, options) not in BITS:
-        return f"{bits}-bit codes are none of the widths that OpenVINO stores and runs, {BITS}"
-    if _stored_bits(weight, options) < bits:
-        return f"{bits}-bit codes do not fit into {options['widen_to']} bits"
-    return refuse_not_affine(weight)
-
-
-def _stored_bits(weight: PackedWeight, options: Options) -> int:
-    return int(options["widen_to"] or weight.spec.grid.bits)
+    return refuse_bits(weight, options, "that OpenVINO stores and runs") or refuse_not_affine(weight)
 
 
 def _write(source: PackedSource, folder: Path, options: Options) -> None:
@@ -55,7 +39,7 @@ def _write(source: PackedSource, folder: Path, options: Options) -> None:
     model = openvino.Core().read_model(model=graph)
     inputs = {node.get_friendly_name(): node for node in model.get_parameters()}
     for weight in source.weights():
-        value = _compressed(weight, _stored_bits(weight, options))
+        value = _compressed(weight, stored_bits(weight, options))
         _put(model, inputs[weight.name], ops.transpose(value, [1, 0]) if weight.is_transposed else value)
     for name, tensor in source.plain():
         _put(model, inputs[name], _as_float(_constant(name, tensor, tuple(tensor.shape))))
@@ -198,7 +182,7 @@ FORMAT = ExportFormat(
     name="openvino",
     engines="OpenVINO",
     refuse_weight=_refuse,
-    refuse_model=_refuse_model,
+    refuse_model=refuse_model,
     write=_write,
     read=_read,
     options={"widen_to": (None, *BITS[1:])},

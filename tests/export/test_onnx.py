@@ -16,7 +16,7 @@ from onnx import numpy_helper
 from benchmarks import _serve_onnx
 from bitdistiller_peft import export_model, use_backend, verify_export
 from bitdistiller_peft.errors import ExportError
-from bitdistiller_peft.export.onnx_graph import float_graph, refuse_architecture
+from bitdistiller_peft.export.onnx_graph import float_graph, refuse_model
 from bitdistiller_peft.export.source import open_source
 from tests.tiny import load, token_ids
 
@@ -233,6 +233,6 @@ def test_the_float_graph_has_every_tensor_as_an_input_and_no_weight_inside(packe
 
 def test_rotations_that_depend_on_the_length_are_refused(packed: Packed) -> None:
     with open_source(packed("llama-tied", bits=2, group_size=64)) as source:
-        assert refuse_architecture(source) is None
+        assert refuse_model(source, {}) is None
         source.config["rope_parameters"] = {"full_attention": {"rope_type": "dynamic", "factor": 2.0}}
-        assert "rope_type='dynamic' depends on the length" in str(refuse_architecture(source))
+        assert "rope_type='dynamic' depends on the length" in str(refuse_model(source, {}))

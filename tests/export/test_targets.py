@@ -219,7 +219,6 @@ def test_long_lists_of_faults_are_cut(tmp_path: Path) -> None:
 
 
 def test_the_architectures_are_those_of_the_writers() -> None:
-    from bitdistiller_peft.export import gguf_metadata, onnx_graph
+    from bitdistiller_peft.export import gguf_metadata
 
     assert set(TARGETS["llama.cpp"].architectures) == set(gguf_metadata.ARCHITECTURES)
-    assert set(TARGETS["onnx"].architectures) == set(onnx_graph.ARCHITECTURES)
