@@ -18,6 +18,7 @@ from torch import Tensor
 
 from bitdistiller_peft.errors import ConfigError, ExportError, UnknownNameError
 from bitdistiller_peft.export.source import PackedSource, PackedWeight
+from bitdistiller_peft.registry import add_new, look_up
 
 Options = Mapping[str, Any]
 
@@ -140,11 +141,7 @@ def register_export_format(export_format: ExportFormat) -> None:
     Raises:
         ConfigError: the name is taken.
     """
-    if export_format.name in _FORMATS:
-        raise ConfigError(
-            f"`name` must be new: got name={export_format.name!r}. Registered formats: {export_format_names()}."
-        )
-    _FORMATS[export_format.name] = export_format
+    add_new(_FORMATS, "format", export_format.name, export_format)
 
 
 def export_format_names() -> list[str]:
@@ -158,6 +155,4 @@ def get_export_format(name: str) -> ExportFormat:
     Raises:
         UnknownNameError: no format has this name.
     """
-    if name not in _FORMATS:
-        raise UnknownNameError("format", name, _FORMATS)
-    return _FORMATS[name]
+    return look_up(_FORMATS, "format", name)

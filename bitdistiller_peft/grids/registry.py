@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from functools import partial
 
-from bitdistiller_peft.errors import ConfigError, UnknownNameError
+from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.grids.minifloat import EXPONENT_BITS, minifloat_levels
 from bitdistiller_peft.grids.normal_float import PUBLISHED_NF4, normal_float_levels
+from bitdistiller_peft.registry import add_new, look_up
 
 GridFactory = Callable[[int], Grid]
 
@@ -29,9 +30,7 @@ def register_grid(name: str, factory: GridFactory) -> None:
     Raises:
         ConfigError: the name is taken.
     """
-    if name in _FACTORIES:
-        raise ConfigError(f"`name` must be new: got name={name!r}. Registered grids: {grid_names()}.")
-    _FACTORIES[name] = factory
+    add_new(_FACTORIES, "grid", name, factory)
 
 
 def grid_names() -> list[str]:
@@ -50,12 +49,11 @@ def get_grid(name: str, bits: int) -> Grid:
         UnknownNameError: no grid has this name.
         ConfigError: the grid has no such width.
     """
-    if not isinstance(name, str) or name not in _FACTORIES:
-        raise UnknownNameError("grid", name, _FACTORIES)
+    factory = look_up(_FACTORIES, "grid", name)
     if not isinstance(bits, int) or isinstance(bits, bool):
         hint = "bits=2, in which ternary codes are stored" if name == "ternary" else "bits=2, 3 or 4"
         raise ConfigError(f"`bits` must be an integer: got bits={bits!r}. Use {hint}.")
-    return _FACTORIES[name](bits)
+    return factory(bits)
 
 
 def _check_bits(name: str, bits: int, allowed: Collection[int]) -> None:

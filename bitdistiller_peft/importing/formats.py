@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.errors import ConfigError, ForeignModelError, UnknownNameError
+from bitdistiller_peft.errors import ForeignModelError
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, dequantize
+from bitdistiller_peft.registry import add_new, look_up
 
 
 @dataclass(frozen=True)
@@ -112,11 +113,7 @@ def register_import_format(import_format: ImportFormat) -> None:
     Raises:
         ConfigError: the name is taken.
     """
-    if import_format.name in _FORMATS:
-        raise ConfigError(
-            f"`name` must be new: got name={import_format.name!r}. Registered formats: {import_format_names()}."
-        )
-    _FORMATS[import_format.name] = import_format
+    add_new(_FORMATS, "format", import_format.name, import_format)
 
 
 def import_format_names() -> list[str]:
@@ -130,6 +127,4 @@ def get_import_format(name: str) -> ImportFormat:
     Raises:
         UnknownNameError: no format has this name.
     """
-    if name not in _FORMATS:
-        raise UnknownNameError("format", name, _FORMATS)
-    return _FORMATS[name]
+    return look_up(_FORMATS, "format", name)

@@ -12,8 +12,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from bitdistiller_peft.errors import ConfigError, UnknownNameError
+from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.losses.divergences import forward_kl, jensen_shannon, reverse_kl
+from bitdistiller_peft.registry import look_up
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -55,9 +56,7 @@ def get_divergence(name: str) -> Divergence:
     Raises:
         UnknownNameError: no divergence has this name.
     """
-    if name not in _DIVERGENCES:
-        raise UnknownNameError("divergence", name, _DIVERGENCES)
-    return _DIVERGENCES[name]
+    return look_up(_DIVERGENCES, "divergence", name)
 
 
 register_divergence("forward_kl", forward_kl)

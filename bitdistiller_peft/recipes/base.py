@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import Any
 
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
+from bitdistiller_peft.registry import add_new, look_up
 
 PRESETS = ("fast", "balanced", "max")
 MODEL, TRAINING = "model", "training"
@@ -75,9 +76,7 @@ def register_recipe(name: str, factory: RecipeFactory) -> None:
     Raises:
         ConfigError: the name is taken.
     """
-    if name in _FACTORIES:
-        raise ConfigError(f"`name` must be new: got name={name!r}. Registered recipes: {recipe_names()}.")
-    _FACTORIES[name] = factory
+    add_new(_FACTORIES, "recipe", name, factory)
 
 
 def recipe_names() -> list[str]:
@@ -102,11 +101,10 @@ def get_recipe(name: str, preset: str = "balanced", **overrides: Any) -> Recipe:
         >>> get_recipe("bitdistiller", bits=3).model["grid"]
         'nf'
     """
-    if name not in _FACTORIES:
-        raise UnknownNameError("recipe", name, recipe_names())
+    factory = look_up(_FACTORIES, "recipe", name)
     if preset not in PRESETS:
         raise UnknownNameError("preset", preset, PRESETS)
-    recipe = replace(_FACTORIES[name](preset, dict(overrides)), name=name, preset=preset)
+    recipe = replace(factory(preset, dict(overrides)), name=name, preset=preset)
     for key, value in overrides.items():
         recipe = _overridden(recipe, key, value)
     return recipe
