@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Literal
 
@@ -93,6 +93,15 @@ class Objective:
     def divergence_factor(self) -> float:
         """What every divergence is multiplied by on its way into the loss."""
         return self.temperature**2 if self.rescale_temperature else 1.0
+
+    def parted(self) -> tuple[Objective, Objective]:
+        """Split into the divergences and the cross-entropy, each with its weights, to take them over other tokens."""
+        terms = self.terms
+        divergences = {part: weight for part, weight in terms.items() if part != "ce"}
+        return (
+            replace(self, loss_type="mixture", weights=divergences, ce_weight=0.0),
+            replace(self, loss_type="mixture", weights={"ce": terms.get("ce", 0.0)}, ce_weight=0.0, gamma=None),
+        )
 
     def coefficients(self, confidence: Tensor) -> dict[str, float | Tensor]:
         """Resolve `cakld` into its two directions.

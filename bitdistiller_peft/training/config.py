@@ -13,6 +13,7 @@ from trl import SFTConfig
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
 from bitdistiller_peft.losses import Objective, RelationObjective
 from bitdistiller_peft.recipes import declare_fields, get_recipe
+from bitdistiller_peft.training.everywhere import TARGETS, everywhere_faults
 from bitdistiller_peft.training.released import RELEASED, released_faults
 
 ESTIMATE = "estimate"
@@ -50,6 +51,8 @@ class DistillConfig(SFTConfig):
         temperature: logits of both sides are divided by it before they are compared.
         rescale_temperature: multiply divergences by the square of the temperature.
         jsd_beta: the teacher's share of the mixture in `"jsd"`.
+        divergence_tokens: `"all"` takes divergences over every token that is no padding, prompts too, and divides them
+            by the number of those (BitNet Distillation's released code); cross-entropy stays with the targets.
         loss_tile_tokens: tokens whose logits are held at once; `None` lets the vocabulary decide.
         arithmetic: `"released"` takes gamma, the mask of the loss and its reduction (a sum over tokens, a mean over
             texts) as BitDistiller's released code does, to compare results like for like; what is logged stays a mean
@@ -104,6 +107,9 @@ class DistillConfig(SFTConfig):
         default=True, metadata={"help": "Multiply divergences by the square of the temperature."}
     )
     jsd_beta: float = field(default=0.5, metadata={"help": "The teacher's share of the mixture in 'jsd'."})
+    divergence_tokens: str = field(
+        default=TARGETS, metadata={"help": "'targets', or 'all' to compare on prompts too; cross-entropy never is."}
+    )
     loss_tile_tokens: int | None = field(
         default=None, metadata={"help": "Tokens whose logits are held at once; by default the vocabulary decides."}
     )
@@ -162,7 +168,7 @@ class DistillConfig(SFTConfig):
             raise ConfigError("\n".join(faults))
         self.objective(0.5)
         self.relation_objective()
-        faults = [*self._range_faults(), *self._unsupported_faults(), *self._cache_faults()]
+        faults = [*self._range_faults(), *self._unsupported_faults(), *self._cache_faults(), *everywhere_faults(self)]
         faults += released_faults(self) if self.is_released else []
         if faults:
             raise ConfigError("\n".join(faults))

@@ -20,6 +20,7 @@ from transformers.utils import ModelOutput
 
 from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.losses import (
+    DistillationOutput,
     Objective,
     RelationObjective,
     SparseTeacher,
@@ -65,6 +66,16 @@ class RelationTarget:
 
 
 @dataclass(frozen=True, eq=False)
+class Everywhere:
+    """Positions that divergences are taken over, where those are others than the targets."""
+
+    labels: Tensor
+    """`[batch, time]`, aligned: not ignored where a position counts"""
+    share: float
+    """what divergences are multiplied by: they, too, are divided by the number of targets"""
+
+
+@dataclass(frozen=True, eq=False)
 class DistillTarget:
     """What the student's forward pass needs to know to compute its loss."""
 
@@ -76,6 +87,8 @@ class DistillTarget:
     relations: RelationTarget | None = None
     aligned: bool = False
     """whether the label at t already is what t predicts"""
+    everywhere: Everywhere | None = None
+    """for divergences over other positions than the targets"""
 
 
 @dataclass
@@ -170,17 +183,26 @@ def _score(hidden: Tensor, head: Head, distill: DistillTarget) -> DistillOutput:
             states = teacher.hidden.to(hidden.device).flatten(0, 1)
         case SparseStates() as teacher:
             states = teacher.flat(hidden.device)
+    teacher_head = distill.teacher.head if isinstance(distill.teacher, HiddenStates) else None
     labels = distill.labels.to(hidden.device)
-    output = distillation_loss(
-        hidden.flatten(0, 1),
-        head,
-        states,
-        distill.teacher.head if isinstance(distill.teacher, HiddenStates) else None,
-        (labels if distill.aligned else shift_labels(labels)).flatten(),
-        objective=distill.objective,
-        tile_tokens=distill.tile_tokens,
-    )
-    return DistillOutput(loss=output.loss_sum, sums=output.sums(), num_targets=output.num_targets)
+    aligned = labels if distill.aligned else shift_labels(labels)
+
+    def measure(labels: Tensor, objective: Objective) -> DistillationOutput:
+        flat, tile = hidden.flatten(0, 1), distill.tile_tokens
+        return distillation_loss(
+            flat, head, states, teacher_head, labels.flatten(), objective=objective, tile_tokens=tile
+        )
+
+    if distill.everywhere is None:
+        output = measure(aligned, distill.objective)
+        return DistillOutput(loss=output.loss_sum, sums=output.sums(), num_targets=output.num_targets)
+    divergences, cross_entropy = distill.objective.parted()
+    output, other = measure(aligned, cross_entropy), measure(distill.everywhere.labels, divergences)
+    share = distill.everywhere.share
+    loss, sums = output.loss_sum + share * other.loss_sum, output.sums()
+    own = {"forward_kl": other.forward_kl, "reverse_kl": other.reverse_kl, **other.others}
+    sums |= {name: share * value for name, value in own.items() if value is not None} | {"loss": loss.detach()}
+    return DistillOutput(loss=loss, sums=sums, num_targets=output.num_targets)
 
 
 @torch.no_grad()

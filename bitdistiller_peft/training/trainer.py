@@ -33,6 +33,7 @@ from bitdistiller_peft.training.checks import (
 )
 from bitdistiller_peft.training.config import ESTIMATE, DistillConfig
 from bitdistiller_peft.training.documents import fingerprint_dataset
+from bitdistiller_peft.training.everywhere import ALL, EveryToken
 from bitdistiller_peft.training.forward import (
     DistillTarget,
     add_distill_forward,
@@ -106,6 +107,7 @@ class DistillTrainer(SFTTrainer):
             self.teacher.check(self.processing_class, train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             check_forward(base_model, self.args.device)
+        self._everywhere = EveryToken() if args.divergence_tokens == ALL else None
         self._relations = Relations(args, base_model, self.teacher) if args.attention_weight else None
         self._meters = {"train": Meter(), "eval": Meter()}
         self._stopwatch = Stopwatch()
@@ -208,6 +210,8 @@ class DistillTrainer(SFTTrainer):
         counts = self.accelerator.reduce(counts, reduction="sum")
         if self._relations is not None:
             self._relations.total_rows = int(counts[2])
+        if self._everywhere is not None:
+            self._everywhere.note(int(counts[0]), int(counts[1]))
         self.memory.num_tokens += int(counts[1])
         return batches, counts[0]
 
@@ -245,10 +249,11 @@ class DistillTrainer(SFTTrainer):
         """
         relations, split = self._relations, "train" if self.model.training else "eval"
         layer = None if relations is None else relations.target
-        labels, is_aligned = labels_of(inputs), self.args.is_released
+        labels, is_aligned, is_whole = labels_of(inputs), self.args.is_released, num_items_in_batch is None
+        everywhere = None if self._everywhere is None else self._everywhere.of(inputs, is_whole=is_whole)
         target = DistillTarget(
             released_targets(labels) if is_aligned else labels,
-            self.objective, self._ask(inputs), self.args.loss_tile_tokens, layer, is_aligned,
+            self.objective, self._ask(inputs), self.args.loss_tile_tokens, layer, is_aligned, everywhere,
         )  # fmt: skip
         plain = without_labels(inputs)
         output = model(**plain, distill=target)
@@ -259,7 +264,7 @@ class DistillTrainer(SFTTrainer):
         count = self._divisor(labels) if num_items_in_batch is None else num_items_in_batch
         loss = output.loss / torch.as_tensor(count, device=output.loss.device).clamp(min=1)
         if relations is not None:
-            loss = loss + relations.share(output.relation, plain, split, is_whole=num_items_in_batch is None)
+            loss = loss + relations.share(output.relation, plain, split, is_whole=is_whole)
         if num_items_in_batch is not None:
             loss = loss * self.accelerator.num_processes  # gradients are averaged over ranks, the count is of all
         if not return_outputs:
