@@ -16,7 +16,7 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE)
 PYTEST := $(QUIET) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := test
-.PHONY: venv test test-all test-lowest nightly mutation audit lint format demo demo-quick
+.PHONY: venv test test-all test-lowest nightly mutation audit lint format docs demo demo-quick
 
 venv: $(STAMP)
 
@@ -77,6 +77,11 @@ audit: venv
 	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
 	.venv-audit/bin/python -m pip install --quiet pip-audit || true
 	.venv-audit/bin/python tests/trust/audit.py "$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+
+# The site, into site/: nothing is fetched when it is built or read.
+docs: venv
+	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable ".[docs]"
+	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 demo: venv
 	$(BIN)/python examples/demo.py

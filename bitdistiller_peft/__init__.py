@@ -14,8 +14,12 @@ from bitdistiller_peft._version import library_version
 if TYPE_CHECKING:
     from bitdistiller_peft.calibration import CalibrationResult as CalibrationResult
     from bitdistiller_peft.calibration import calibrate as calibrate
+    from bitdistiller_peft.evaluation import compare_results as compare_results
+    from bitdistiller_peft.evaluation import detect_collapse as detect_collapse
     from bitdistiller_peft.evaluation import evaluate_divergence as evaluate_divergence
     from bitdistiller_peft.evaluation import evaluate_perplexity as evaluate_perplexity
+    from bitdistiller_peft.evaluation import evaluate_tasks as evaluate_tasks
+    from bitdistiller_peft.evaluation import generate_gallery as generate_gallery
     from bitdistiller_peft.export import export_model as export_model
     from bitdistiller_peft.export import verify_export as verify_export
     from bitdistiller_peft.grids import register_grid as register_grid
@@ -42,9 +46,13 @@ _HOMES = {
     "DistillConfig": "training",
     "DistillTrainer": "training",
     "calibrate": "calibration",
+    "compare_results": "evaluation",
+    "detect_collapse": "evaluation",
     "evaluate_divergence": "evaluation",
     "evaluate_perplexity": "evaluation",
+    "evaluate_tasks": "evaluation",
     "export_model": "export",
+    "generate_gallery": "evaluation",
     "generate_teacher_data": "training",
     "get_bitdistiller_model": "tuner",
     "get_recipe": "recipes",

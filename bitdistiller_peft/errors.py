@@ -14,6 +14,7 @@ BitDistillerError
 ├── ExportError (ValueError)             a model that a foreign format cannot hold, or a foreign file that differs
 ├── ForeignModelError (ValueError)       a model of another tool that no grid of ours holds exactly
 ├── DataError (ValueError)               text, prompts or labels that cannot be used
+├── HubError (RuntimeError)              an upload that the Hub refuses or does not answer
 └── TrainingError (RuntimeError)         a run that cannot go on, for example a loss that is not finite
 """
 
@@ -90,6 +91,10 @@ class ForeignModelError(BitDistillerError, ValueError):
 
 class DataError(BitDistillerError, ValueError):
     """Text, prompts or labels that cannot be used."""
+
+
+class HubError(BitDistillerError, RuntimeError):
+    """An upload that the Hub refuses or does not answer; nothing was changed there or here."""
 
 
 class TrainingError(BitDistillerError, RuntimeError):

@@ -16,6 +16,7 @@ from bitdistiller_peft.layers import (
     SUFFIXES,
     FakeQuantWeight,
     companion,
+    has_update,
     quant_specs,
     quantized,
     set_learned_params,
@@ -212,6 +213,11 @@ def _slots(name: str, layer: BitDistillerLayer) -> Iterator[Slot]:
             )
         if student.weight.is_meta:
             raise StateError(f"the student must be in memory: layer {name!r} is on the meta device. Load its weights.")
+        if has_update(student, "weight"):
+            raise StateError(
+                f"a student must be calibrated before it is trained with trainable='lora': layer {name!r} holds an "
+                "update already. Call calibrate() first."
+            )
         yield Slot(f"{name}.{parameter}", name, layer, parameter, student)
 
 

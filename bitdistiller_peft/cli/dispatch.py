@@ -19,6 +19,7 @@ from bitdistiller_peft.errors import (
     CheckpointError,
     ConfigError,
     DoesNotFitError,
+    HubError,
     TrainingError,
     WeightError,
 )
@@ -35,8 +36,9 @@ VERBS = {
     "calibrate": "fit a student to a calibration text",
     "generate": "let the teacher write training data",
     "distill": "train the student on what its teacher says, and pack it",
-    "eval": "perplexity, and divergence from a teacher",
-    "compare": "several models on the same text, paired",
+    "eval": "perplexity, divergence from a teacher, tasks",
+    "compare": "several models on the same text and tasks, paired",
+    "report": "one page about a run: scores, curves, weights, sizes, answers",
     "export": "write a packed model in another format, verified",
     "verify-export": "compare an exported model with the packed one, code for code",
     "import": "take over a model that another tool quantized",
@@ -152,7 +154,7 @@ def exit_code(error: BaseException) -> int:
             return WOULD_NOT_FIT
         case CheckpointError() | WeightError():
             return CHECKPOINT
-        case TrainingError():
+        case TrainingError() | HubError():
             return FAILED
         case BitDistillerError():
             return USAGE

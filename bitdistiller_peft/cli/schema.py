@@ -7,8 +7,8 @@ from functools import cache
 from bitdistiller_peft.cli.inherited import calibrate_options, distill_options, quant_options
 from bitdistiller_peft.cli.options import Option, Section
 
-STAGES = ("calibrate", "generate", "distill", "eval", "export", "push")
-DEFAULT_STAGES = ["calibrate", "generate", "distill", "eval"]
+STAGES = ("calibrate", "generate", "distill", "eval", "export", "report", "push")
+DEFAULT_STAGES = ["calibrate", "generate", "distill", "eval", "report"]
 TEXT_HELP = "text files, 'wikitext2' (Hub) or 'python-topics' (offline)"
 
 TOP = Section(
@@ -101,8 +101,16 @@ EVAL = Section(
         Option("text", "list", TEXT_HELP),
         Option("seq_len", "int", "tokens per chunk", 512),
         Option("max_chunks", "int", "use only that many chunks"),
-        Option("batch_size", "int", "chunks at once", 1),
+        Option("batch_size", "int", "chunks, or samples of a task, at once", 1),
+        Option("tasks", "list", "tasks of lm-evaluation-harness: arc_easy, gsm8k, ... (extra [eval])"),
+        Option("limit", "int", "use only that many samples of each task"),
+        Option("num_fewshot", "int", "examples before a question (as the task is published)"),
+        Option("apply_chat_template", "bool", "put questions into the chat template", False),
+        Option("task_folder", "text", "folder with task files of your own"),
+        Option("data_folder", "text", "read the tasks' data from here, <task>/<split>.jsonl, and nowhere else"),
+        Option("allow_code_execution", "bool", "let tasks run what the model writes, on this machine", False),
         Option("allow_latent", "bool", "score the float weights of a latent checkpoint", False),
+        Option("gallery", "int", "tokens of a greedy answer to each fixed prompt, checked for collapse; none without"),
         Option("verify", "text", "what loading checks", "fast", ("fast", "full", "none")),
     ),
 )
@@ -121,6 +129,7 @@ PUSH = Section(
         Option("repo", "text", "repository on the Hub: user/name"),
         Option("private", "bool", "make a new repository private", True),
         Option("branch", "text", "branch to push to"),
+        Option("results", "text", "folder of `eval` whose figures go into the card (that of the chain)"),
         Option("message", "text", "commit message", "Upload a model quantized with bitdistiller_peft"),
     ),
 )

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bitdistiller_peft.errors import DataError
+from bitdistiller_peft.cli.verb import Settings
+from bitdistiller_peft.errors import ConfigError, DataError
 
 NAMED = ("python-topics", "wikitext2")
 HUB_TEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -25,6 +26,31 @@ def load_texts(sources: list[str], part: str) -> list[str]:
         DataError: a source is no such file.
     """
     return [text for source in sources for text in _load(source, part)]
+
+
+def evaluation_input(settings: Settings) -> tuple[str | list[str] | None, dict[str, Any]]:
+    """What `eval:` says to measure on, and how; all that can be checked without a model is checked.
+
+    Args:
+        settings: for `eval:`.
+
+    Returns:
+        The text, or `None` if only tasks are asked for; and the keywords of `evaluate_perplexity` and
+        `evaluate_divergence`.
+
+    Raises:
+        ConfigError: neither a text nor tasks are given.
+        DataError: the text is no such file.
+    """
+    values = settings.section("eval")
+    if not values["text"] and not values["tasks"]:
+        raise ConfigError(
+            "`eval.text` must be given, or `eval.tasks`: pass --text wikitext2 or --tasks arc_easy, or either in the "
+            "file of --config."
+        )
+    how = {key: values[key] for key in ("seq_len", "max_chunks", "batch_size", "allow_latent")}
+    texts = load_texts(values["text"] or [], "evaluation")
+    return (texts[0] if len(texts) == 1 else texts or None), how
 
 
 def load_prompts(source: str, prompt_format: str, *, has_template: bool, max_prompts: int | None) -> list[Any]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -13,14 +12,13 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from bitdistiller_peft.errors import ConfigError, StateError, TrainingError
+from bitdistiller_peft.errors import TrainingError
 from bitdistiller_peft.evaluation.forward import progress, run, tiles, widened
 from bitdistiller_peft.evaluation.protocol import Chunks, check_fits, cut_text
-from bitdistiller_peft.evaluation.state import FULL_PRECISION, STUDENT, detect_state, is_merged
+from bitdistiller_peft.evaluation.state import detect_state
+from bitdistiller_peft.evaluation.teacher import check_teacher, speaking
 from bitdistiller_peft.losses import forward_kl
 from bitdistiller_peft.tuner import borrowed
-
-SELF = "self"
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ def evaluate_divergence(
         TrainingError: a divergence is not finite; the chunk is named.
     """
     state = detect_state(student, allow_latent=allow_latent)
-    teacher_state = _check_teacher(student, teacher, state)
+    teacher_state = check_teacher(student, teacher, state)
     chunks = cut_text(tokenizer, text, seq_len=seq_len, max_chunks=max_chunks)
     check_fits(student, chunks, "student")
     if not isinstance(teacher, str):
@@ -125,7 +123,7 @@ def _compare(
     with borrowed(*models), progress("Divergence", len(chunks.ids), show_progress) as bar:
         for index, ids in enumerate(batches):
             student_logits = run(student, ids)
-            with _speaking(teacher, student) as speaker:
+            with speaking(teacher, student) as speaker:
                 teacher_logits = run(speaker, ids)
             kl, agreed = _compare_batch(student_logits, teacher_logits, ids, first=index * batch_size)
             kls.append(kl)
@@ -133,33 +131,6 @@ def _compare(
             bar.set_postfix(kl=f"{kl.mean().item():.4f}", refresh=False)
             bar.update(len(ids))
     return torch.cat(kls).numpy(), agreements
-
-
-def _check_teacher(student: nn.Module, teacher: nn.Module | str, state: str) -> str:
-    """The teacher's state; refuses comparisons that could only come out as zero."""
-    if isinstance(teacher, str):
-        if teacher != SELF:
-            raise ConfigError(f"`teacher` must be a model or 'self': got {teacher!r}. Load the model first.")
-        if state != STUDENT or is_merged(student):
-            found = "a merged student" if is_merged(student) else f"a model in state {state!r}"
-            raise StateError(
-                f"teacher='self' needs a student whose adapter can be disabled: got {found}. "
-                "Pass the full-precision model as `teacher`."
-            )
-        return FULL_PRECISION
-    if any(module is teacher for module in student.modules()) or any(module is student for module in teacher.modules()):
-        raise StateError("`teacher` must be another model: got the student, or a part of it. Use teacher='self'.")
-    return detect_state(teacher)
-
-
-@contextmanager
-def _speaking(teacher: nn.Module | str, student: Any) -> Iterator[nn.Module]:
-    """The model that speaks as the teacher."""
-    if not isinstance(teacher, str):
-        yield teacher
-        return
-    with student.disable_adapter():
-        yield student
 
 
 def _compare_batch(student_logits: Tensor, teacher_logits: Tensor, ids: Tensor, first: int) -> tuple[Tensor, int]:

@@ -48,7 +48,7 @@ class Chunks:
         Raises:
             ConfigError: `batch_size` is below one.
         """
-        _check_at_least("batch_size", batch_size, 1, "Use batch_size=1.")
+        check_at_least("batch_size", batch_size, 1, "Use batch_size=1.")
         return (self.ids[start : start + batch_size] for start in range(0, len(self.ids), batch_size))
 
 
@@ -77,12 +77,12 @@ def cut_text(tokenizer: Any, text: str | Sequence[str], *, seq_len: int, max_chu
         ConfigError: `seq_len` or `max_chunks` is out of range.
         DataError: the text is empty, or shorter than one chunk.
     """
-    _check_at_least("seq_len", seq_len, 2, "Use seq_len=512.")
+    check_at_least("seq_len", seq_len, 2, "Use seq_len=512.")
     if max_chunks is not None:
-        _check_at_least("max_chunks", max_chunks, 1, "Use max_chunks=None for the whole text.")
+        check_at_least("max_chunks", max_chunks, 1, "Use max_chunks=None for the whole text.")
     joined = _as_text(text)
-    front = _front_tokens(tokenizer)
-    tokens = front + _tokenize(tokenizer, joined, add_special_tokens=False)
+    front = front_tokens(tokenizer)
+    tokens = front + tokenize(tokenizer, joined, add_special_tokens=False)
     num_chunks = min(len(tokens) // seq_len, max_chunks or len(tokens))
     if num_chunks == 0:
         raise DataError(
@@ -107,24 +107,36 @@ def check_fits(model: nn.Module, chunks: Chunks, role: str = "model") -> None:
         ConfigError: a chunk is longer than the model's context.
         DataError: a token lies outside the model's vocabulary.
     """
-    config: Any = getattr(model, "config", None)
-    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    context = getattr(text_config, "max_position_embeddings", None)
+    context, vocab = limits(model)
     seq_len = chunks.ids.shape[1]
-    if isinstance(context, int) and 0 < context < seq_len:
+    if context is not None and context < seq_len:
         raise ConfigError(
             f"`seq_len` must fit the context of the {role}: got seq_len={seq_len}, context={context} tokens. "
             f"Use seq_len={context} or less."
         )
-    vocab, largest = getattr(text_config, "vocab_size", None), int(chunks.ids.max())
-    if isinstance(vocab, int) and largest >= vocab:
+    largest = int(chunks.ids.max())
+    if vocab is not None and largest >= vocab:
         raise DataError(
             f"`tokenizer` must belong to the {role}: got token {largest}, but its vocabulary has {vocab} entries. "
             "Load both from the same place."
         )
 
 
-def _check_at_least(name: str, value: object, least: int, advice: str) -> None:
+def limits(model: nn.Module) -> tuple[int | None, int | None]:
+    """Context in tokens and size of the vocabulary, as far as a model's config tells."""
+    config: Any = getattr(model, "config", None)
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    context = getattr(text_config, "max_position_embeddings", None)
+    vocab = getattr(text_config, "vocab_size", None)
+    return context if isinstance(context, int) and context > 0 else None, vocab if isinstance(vocab, int) else None
+
+
+def check_at_least(name: str, value: object, least: int, advice: str) -> None:
+    """Refuse a count that is too small, or none.
+
+    Raises:
+        ConfigError: it is.
+    """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise ConfigError(f"`{name}` must be a whole number of at least {least}: got {name}={value!r}. {advice}")
 
@@ -140,15 +152,16 @@ def _as_text(text: str | Sequence[str]) -> str:
     return text
 
 
-def _front_tokens(tokenizer: Any) -> list[int]:
+def front_tokens(tokenizer: Any) -> list[int]:
     """The tokens that the tokenizer puts before any text. What it may put behind one would end each text early."""
-    bare = _tokenize(tokenizer, "a", add_special_tokens=False)
-    whole = _tokenize(tokenizer, "a", add_special_tokens=True)
+    bare = tokenize(tokenizer, "a", add_special_tokens=False)
+    whole = tokenize(tokenizer, "a", add_special_tokens=True)
     fronts = (whole[:at] for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     return next(fronts, [])
 
 
-def _tokenize(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+def tokenize(tokenizer: Any, text: str, *, add_special_tokens: bool) -> list[int]:
+    """Token ids of a text, however long it is."""
     # verbose=False: that a whole data set is longer than the context is no news here
     encoded = tokenizer(text, add_special_tokens=add_special_tokens, truncation=False, verbose=False)
     return list(encoded["input_ids"])

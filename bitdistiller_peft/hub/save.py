@@ -26,6 +26,7 @@ from bitdistiller_peft.hub.card import CARD_NAME, write_card
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME, read_manifest, write_manifest, write_marker
 from bitdistiller_peft.hub.summary import quant_summary
+from bitdistiller_peft.hub.upload import Destination, commit_files, open_repository
 
 if TYPE_CHECKING:  # transformers is still being imported when this module is
     from transformers import PreTrainedModel
@@ -76,6 +77,7 @@ def save_pretrained(
         self.push_to_hub(repo_id or folder.name, **sharding, **upload)
 
 
+COMMIT_MESSAGE = "Upload a model quantized with bitdistiller_peft"
 _UPLOAD_KEYS = ("commit_message", "commit_description", "private", "token", "revision", "create_pr", "tags")
 
 
@@ -101,19 +103,21 @@ def push_to_hub(
         kwargs: `commit_message`, `commit_description`, `revision`, `create_pr`.
 
     Returns:
-        What `HfApi.upload_folder` returns.
-    """
-    from huggingface_hub import HfApi
+        `CommitInfo` of huggingface_hub.
 
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    kwargs.setdefault("commit_message", "Upload a model quantized with bitdistiller_peft")
+    Raises:
+        HubError: the Hub refuses, or does not answer.
+    """
+    revision, create_pr = kwargs.pop("revision", None), kwargs.pop("create_pr", None)
+    to = Destination(repo_id, branch=revision, private=private, token=token, create_pr=create_pr)
+    repo = open_repository(to)
+    message = kwargs.pop("commit_message", None) or COMMIT_MESSAGE
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         type(self).save_pretrained(self, folder, max_shard_size=max_shard_size)
-        _complete(self, folder, repo_id, [tags] if isinstance(tags, str) else tags)
-        keep = ["README.md"] if api.file_exists(repo_id, "README.md", revision=kwargs.get("revision")) else None
-        return api.upload_folder(repo_id=repo_id, folder_path=folder, ignore_patterns=keep, **kwargs)
+        _complete(self, folder, repo, [tags] if isinstance(tags, str) else tags)
+        files: dict[str, Path | bytes] = {file.name: file for file in sorted(folder.iterdir())}
+        return commit_files(repo, files, to, message=message, description=kwargs.pop("commit_description", None))
 
 
 _STAGE = re.compile(r"\.partial-(\d+)-.*")

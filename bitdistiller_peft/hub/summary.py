@@ -176,7 +176,7 @@ def quant_summary(model: nn.Module) -> QuantSummary:
         if state == "packed":
             device = getattr(module, name).device.type
         kind = (spec.grid.name, spec.grid.bits, str(spec.group_size), state)
-        sizes = _sizes(spec, shape)
+        sizes = stored_sizes(spec, shape)
         _add(quantized[kind], _numel(shape), sum(sizes.values()))
         parts[CODES][0] += _numel(shape)
         for part, bits in sizes.items():
@@ -188,7 +188,7 @@ def quant_summary(model: nn.Module) -> QuantSummary:
             width = parameter.element_size() * 8
             kind = (str(parameter.dtype).removeprefix("torch."), width, "", "full precision")
             _add(plain[kind], parameter.numel(), parameter.numel() * width)
-            entry = parts[tables.get(id(parameter)) or _plain_part(full_name)]
+            entry = parts[tables.get(id(parameter)) or plain_part(full_name)]
             entry[0], entry[1] = entry[0] + parameter.numel(), entry[1] + parameter.numel() * width
     merged = {**dict(sorted(quantized.items())), **dict(sorted(plain.items()))}
     found = tuple(PartSize(part, *parts[part]) for part in PARTS if part in parts and parts[part][1])
@@ -213,8 +213,8 @@ def _numel(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _sizes(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, int]:
-    """Bits that a quantized weight ``[..., out, in]`` takes, by part."""
+def stored_sizes(spec: QuantSpec, shape: tuple[int, ...]) -> dict[str, int]:
+    """Bits that a quantized weight ``[..., out, in]`` takes, by part: codes, scales, zero points, padding."""
     sizes: dict[str, int] = defaultdict(int)
     for suffix, (size, dtype) in packed_layout(spec, shape).items():
         bits = _numel(size) * dtype.itemsize * 8
@@ -240,7 +240,10 @@ def _tables(model: nn.Module) -> dict[int, str]:
     return found
 
 
-def _plain_part(full_name: str) -> str:
+def plain_part(full_name: str) -> str:
+    """The part that an unquantized tensor belongs to, by its name alone."""
+    if re.search(r"(^|\.)(lm_head|embed_out)\.", full_name):
+        return HEAD
     if re.search(r"embed|wte|wpe", full_name):
         return EMBEDDINGS
     return NORMS if re.search(r"norm|ln_|subln", full_name) else OTHER

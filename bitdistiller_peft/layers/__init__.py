@@ -26,7 +26,7 @@ from bitdistiller_peft.layers.experts import (
     to_fake_quant_experts,
     to_packed_experts,
 )
-from bitdistiller_peft.layers.fake_quant import FakeQuantLinear, FakeQuantWeight
+from bitdistiller_peft.layers.fake_quant import FakeQuantLinear, FakeQuantWeight, Trained
 from bitdistiller_peft.layers.inputs import (
     INPUT_NORM,
     NO_CHANGE,
@@ -37,6 +37,7 @@ from bitdistiller_peft.layers.inputs import (
     linear,
     normalized,
 )
+from bitdistiller_peft.layers.low_rank import has_update, latent_weight
 from bitdistiller_peft.layers.packed import PackedLinear
 from bitdistiller_peft.layers.sub_norm import SUBLN_EPS, SUBLN_PLACEMENTS, SubLN, check_subln
 
@@ -57,6 +58,7 @@ __all__ = [
     "PackedExperts",
     "PackedLinear",
     "SubLN",
+    "Trained",
     "activation_bits",
     "attach_inputs",
     "attach_learned_params",
@@ -65,8 +67,10 @@ __all__ = [
     "companion_suffixes",
     "fake_quantized",
     "forward_with",
+    "has_update",
     "input_norm",
     "iter_quantized",
+    "latent_weight",
     "linear",
     "normalized",
     "packed_layout",

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistiller_peft.kernels import fake_quantize, quantize
+from bitdistiller_peft.layers.low_rank import latent_weight
 from bitdistiller_peft.packing import num_words, pack_codes, pack_row, row_words
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, find_params, get_quantizer, store_learned_params
 
@@ -114,7 +115,7 @@ def set_learned_params(module: nn.Module, name: str, params: QuantParams) -> Non
 def fake_quantized(module: nn.Module, name: str) -> Tensor:
     """The fp32 values that the packed parameter will hold, differentiable."""
     return fake_quantize(
-        getattr(module, name),
+        latent_weight(module, name),
         quant_specs(module)[name],
         scale=companion(module, name, SCALE),
         zero_point=companion(module, name, ZERO_POINT),
@@ -130,7 +131,7 @@ def quantized(module: nn.Module, name: str) -> tuple[Tensor, QuantParams]:
         WeightError: the weight holds NaN or Inf.
         ScaleRangeError: a scale does not fit its storage dtype.
     """
-    weight, spec = getattr(module, name), quant_specs(module)[name]
+    weight, spec = latent_weight(module, name), quant_specs(module)[name]
     if companion(module, name, SCALE) is None:
         params = find_params(weight, spec)
     else:

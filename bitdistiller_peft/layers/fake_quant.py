@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor, nn
 
 from bitdistiller_peft.layers.companions import attach_learned_params, fake_quantized, quant_specs
 from bitdistiller_peft.layers.inputs import activation_bits, linear, normalized
+from bitdistiller_peft.layers.low_rank import attach_low_rank
 from bitdistiller_peft.quantizers import QuantSpec
 
 
+@dataclass(frozen=True)
+class Trained:
+    """Which tensors of a fake-quantized weight are trained.
+
+    Attributes:
+        scale: the scales.
+        zero_point: the zero points.
+        weight: the weight itself; without it, it is frozen.
+        lora_rank: rank of a trained update inside the rounding; 0 for none.
+        lora_alpha: the update is multiplied by ``lora_alpha / lora_rank``.
+    """
+
+    scale: bool
+    zero_point: bool = False
+    weight: bool = True
+    lora_rank: int = 0
+    lora_alpha: float = 16.0
+
+
 class FakeQuantWeight(nn.Module):
-    """A trainable master weight that presents itself fake-quantized; it multiplies nothing.
+    """A master weight that presents itself fake-quantized; it multiplies nothing.
 
     Args:
         weight: full-precision start, ``[..., out, in]``; taken over, not copied.
         spec: how to quantize.
-        learn_scale: train the scales.
-        learn_zero_point: train the zero points.
+        trained: what is trained.
 
     Raises:
         WeightError, ScaleRangeError, GroupSizeError: see `attach_learned_params`.
@@ -24,10 +45,19 @@ class FakeQuantWeight(nn.Module):
 
     weight: nn.Parameter
 
-    def __init__(self, weight: Tensor, spec: QuantSpec, *, learn_scale: bool, learn_zero_point: bool) -> None:
+    def __init__(self, weight: Tensor, spec: QuantSpec, trained: Trained) -> None:
         super().__init__()
+        self.trained = trained
         self.weight = nn.Parameter(weight)
-        attach_learned_params(self, "weight", spec, learn_scale=learn_scale, learn_zero_point=learn_zero_point)
+        attach_learned_params(self, "weight", spec, learn_scale=trained.scale, learn_zero_point=trained.zero_point)
+        if trained.lora_rank:
+            attach_low_rank(self, "weight", trained.lora_rank, trained.lora_alpha)
+        self.freeze_untrained()
+
+    def freeze_untrained(self) -> None:
+        """Freeze the weight where it is not trained, whatever else was thawed."""
+        if not self.trained.weight:
+            self.weight.requires_grad_(False)
 
     def forward(self) -> Tensor:
         """The fp32 values ``[..., out, in]`` that the packed weight will hold."""

@@ -3,32 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
-from huggingface_hub import ModelCardData
 from peft import PeftModel
 from torch import nn
 
-_TEMPLATE = """---
-{header}---
-
-# {title}
-
-A student of {base} in training with bitdistiller_peft: {grid}. {loss}
-
-This folder holds a checkpoint in training (latent weights), not the quantized model itself. Continue, or pack it:
-
-```python
-import bitdistiller_peft  # needed: it teaches PEFT this method
-from peft import PeftModel
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained({base_model!r})
-packed = PeftModel.from_pretrained(model, {location!r}).pack_and_unload()
-packed.save_pretrained("packed")
-```
-{results}"""
+from bitdistiller_peft.hub import quant_summary
+from bitdistiller_peft.tuner.card import student_card
 
 _REPORTED = ("loss", "forward_kl", "reverse_kl", "ce", "agreement", "flip_rate", "num_tokens")
 
@@ -54,36 +35,39 @@ def card_text(
         tags: for the Hub.
         dataset: name of the training data on the Hub.
     """
-    base = _base_name(model)
-    is_hub_id = base.count("/") == 1 and not Path(base).exists() and not base.startswith((".", "/"))
-    header: dict[str, Any] = {"library_name": "peft"}
-    if is_hub_id:
-        header |= {"base_model": base, "base_model_relation": "quantized"}
-    if dataset is not None:
-        header["datasets"] = [dataset]
-    header["tags"] = sorted({*tags, "generated_from_trainer"})
-    return _TEMPLATE.format(
-        header=f"{ModelCardData(**header).to_yaml()}\n",
-        title=title,
-        base=f"`{base}`" if base else f"a {type(model).__name__} built in memory",
-        grid=_grid(model),
-        loss=loss,
-        base_model=base or "path/to/the/base/model",
-        location=location,
-        results=_results(log_history),
+    summary = quant_summary(model)
+    size = (
+        f"Latent weights. Once packed: {summary.num_bytes:,} bytes, {summary.bits_per_weight:.2f} bits per weight, "
+        f"embeddings and scales counted.\n\n{summary.to_markdown()}"
     )
+    text = student_card(
+        _values(model),
+        title=title,
+        location=location,
+        size=size,
+        tags=sorted({*tags, "generated_from_trainer"}),
+        task=_task(model),
+        is_adapter=isinstance(model, PeftModel),
+        **({} if dataset is None else {"datasets": [dataset]}),
+    )
+    return f"{text}\n## Training\n\n{loss}\n{_results(log_history)}"
 
 
-def _base_name(model: nn.Module) -> str:
-    config = model.get_base_model().config if isinstance(model, PeftModel) else getattr(model, "config", None)
-    return str(getattr(config, "_name_or_path", "") or "")
+def _values(model: nn.Module) -> dict[str, Any]:
+    """Settings and provenance, with the base model that was loaded, whatever an adapter's config calls it."""
+    plain: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    quantization = getattr(plain.config, "quantization_config", None)
+    values: dict[str, Any] = {}
+    if isinstance(model, PeftModel):
+        values = model.active_peft_config.to_dict()
+    elif quantization is not None:
+        values = quantization.to_dict()
+    return values | {"base_model_name_or_path": str(getattr(plain.config, "_name_or_path", "") or "")}
 
 
-def _grid(model: nn.Module) -> str:
-    if not isinstance(model, PeftModel):
-        return "fake-quantized in place"
-    config = model.active_peft_config
-    return f"{config.bits} bits, grid `{config.grid}`, {config.group_size} weights per scale"
+def _task(model: nn.Module) -> str | None:
+    plain = model.get_base_model() if isinstance(model, PeftModel) else model
+    return "text-generation" if "CausalLM" in type(plain).__name__ or "LMHead" in type(plain).__name__ else None
 
 
 def _results(log_history: Iterable[Mapping[str, Any]]) -> str:

@@ -73,25 +73,36 @@ def check_student(model: nn.Module) -> None:
 def check_master_dtype(model: nn.Module, args: DistillConfig) -> None:
     """Refuse half-precision master weights that the learning rate cannot move.
 
-    An Adam step is about as large as the learning rate. Added to a bf16 weight `w`, it is rounded away where it is
-    smaller than half a step of the format, `|w| * 2**-8` at most.
-
     Raises:
         ConfigError: half the weights could not move; the smallest learning rate that works is named.
     """
-    masters = [getattr(module, name) for module, name, _ in trained_weights(model)]
-    half = [p for p in masters if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
-    if not half:
-        return
-    step = max(1, len(half) // _SAMPLED_WEIGHTS)
-    sample = torch.cat([p.detach().float().abs().flatten()[:: max(1, p.numel() // 4096)].cpu() for p in half[::step]])
-    smallest = float(sample.median()) * torch.finfo(half[0].dtype).eps / 2
-    if args.learning_rate < smallest:
+    smallest = smallest_learning_rate(model)
+    if smallest is not None and args.learning_rate < smallest:
+        dtype = _half_masters(model)[0].dtype
         raise ConfigError(
-            f"`learning_rate` must be at least {smallest:.1e} for master weights in {half[0].dtype}: got "
+            f"`learning_rate` must be at least {smallest:.1e} for master weights in {dtype}: got "
             f"learning_rate={args.learning_rate:.1e}. Most updates would be rounded away. Use master_dtype='float32' "
             "(and leave PEFT's autocast_adapter_dtype on), which works at any learning rate."
         )
+
+
+def smallest_learning_rate(model: nn.Module) -> float | None:
+    """The learning rate from which on half of the half-precision master weights move; None where there are none.
+
+    An Adam step is about as large as the learning rate. Added to a bf16 weight `w`, it is rounded away where it is
+    smaller than half a step of the format, `|w| * 2**-8` at most.
+    """
+    half = _half_masters(model)
+    if not half:
+        return None
+    step = max(1, len(half) // _SAMPLED_WEIGHTS)
+    sample = torch.cat([p.detach().float().abs().flatten()[:: max(1, p.numel() // 4096)].cpu() for p in half[::step]])
+    return float(sample.median()) * torch.finfo(half[0].dtype).eps / 2
+
+
+def _half_masters(model: nn.Module) -> list[torch.Tensor]:
+    masters = [getattr(module, name) for module, name, _ in trained_weights(model)]
+    return [p for p in masters if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
 
 
 def check_parallelism(accelerator: Accelerator, *, is_self_teacher: bool) -> None:

@@ -67,6 +67,8 @@ class DistillConfig(SFTConfig):
         zero_point_learning_rate: learning rate of learned zero points; `None` for `learning_rate`. No weight decay.
         log_flip_rate: log the share of codes that changed since the last log.
         flip_rate_layers: how many quantized weights that share is measured on, evenly spread; `-1` for all.
+        doctor: look at codes and scales with every log entry (about a million weights, whatever the model), log what
+            they do, and warn where a known failure shows; see `bitdistiller_peft.training.doctor`.
 
     Raises:
         ConfigError: a setting that cannot work; the message says what would.
@@ -133,6 +135,9 @@ class DistillConfig(SFTConfig):
     log_flip_rate: bool = field(default=True, metadata={"help": "Log the share of codes that changed."})
     flip_rate_layers: int = field(
         default=8, metadata={"help": "Quantized weights that the flip rate is measured on; -1 for all."}
+    )
+    doctor: bool = field(
+        default=True, metadata={"help": "Log oscillation, clamping, scale drift; warn where a known failure shows."}
     )
 
     @classmethod

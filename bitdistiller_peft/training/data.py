@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from bitdistiller_peft._version import library_version
 from bitdistiller_peft.errors import StateError
+from bitdistiller_peft.hub.generation import stop_and_pad_ids
 from bitdistiller_peft.layers import iter_quantized
 from bitdistiller_peft.training.fingerprints import fingerprint_tokenizer, fingerprint_weights
 from bitdistiller_peft.training.teacher_data_prompts import (
@@ -29,7 +30,7 @@ from bitdistiller_peft.training.teacher_data_prompts import (
     fingerprint_prompts,
     prepare_prompts,
 )
-from bitdistiller_peft.training.teacher_data_sampling import Answer, Sampling, answer_batch, stop_and_pad_ids
+from bitdistiller_peft.training.teacher_data_sampling import Answer, Sampling, answer_batch
 from bitdistiller_peft.training.teacher_data_store import Row, TeacherDataStore, read_finished
 from bitdistiller_peft.tuner import BitDistillerLayer, full_precision
 

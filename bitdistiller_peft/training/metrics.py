@@ -112,7 +112,8 @@ class FlipCounter:
     def __init__(self, model: nn.Module, num_weights: int) -> None:
         weights = trained_weights(model)
         step = 1.0 if num_weights == -1 else max(1.0, len(weights) / num_weights)
-        chosen = [weights[int(i * step)] for i in range(int(len(weights) / step))]
+        # one out of every `step`, each time at another place: else, of 7 kinds of layers, always the same might come
+        chosen = [weights[int(i * step) + i % int(step)] for i in range(int(len(weights) / step))]
         self._weights = [entry for entry in chosen if not isinstance(getattr(entry[0], entry[1]), DTensor)]
         self._codes = self._now()
 

@@ -10,10 +10,8 @@ choose the same tokens, because they add the same noise.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +26,7 @@ from transformers import (
 )
 
 from bitdistiller_peft.errors import ConfigError, TrainingError
+from bitdistiller_peft.hub.generation import cut_at_stop, without_generation_defaults
 from bitdistiller_peft.training.teacher_data_prompts import Prompt
 
 
@@ -141,40 +140,14 @@ def answer_batch(
         disable_compile=True,
     )
     sampler = GumbelSampler([prompt.seed for prompt in batch], sampling)
-    with _without_generation_defaults(model):
+    with without_generation_defaults(model):
         output = model.generate(
             input_ids=ids.to(device),
             attention_mask=mask.to(device),
             generation_config=config,
             logits_processor=LogitsProcessorList([sampler]),
         )
-    return [_cut(row, set(stop_ids)) for row in output[:, width:].tolist()]
-
-
-def stop_and_pad_ids(model: PreTrainedModel, tokenizer: Any) -> tuple[list[int], int]:
-    """The tokens that end an answer, by the model's generation config and by its tokenizer, and one to pad with."""
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    stops = set(configured if isinstance(configured, (list, tuple)) else [configured]) | {tokenizer.eos_token_id}
-    stop_ids = sorted(int(token) for token in stops if token is not None)
-    pad_id = tokenizer.pad_token_id
-    return stop_ids, pad_id if pad_id is not None else (stop_ids or [0])[0]
-
-
-@contextmanager
-def _without_generation_defaults(model: PreTrainedModel) -> Iterator[None]:
-    """Sample from the model's own distribution: its generation config may hold penalties, and those are not in it."""
-    kept = model.generation_config
-    model.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        model.generation_config = kept
-
-
-def _cut(ids: list[int], stop_ids: set[int]) -> Answer:
-    """End an answer at its first stop token; what `generate` pads behind it is dropped."""
-    end = next((at for at, token in enumerate(ids) if token in stop_ids), None)
-    return Answer(ids, is_finished=False) if end is None else Answer(ids[: end + 1], is_finished=True)
+    return [Answer(*cut_at_stop(row, list(stop_ids))) for row in output[:, width:].tolist()]
 
 
 def _is_whole(value: object) -> bool:

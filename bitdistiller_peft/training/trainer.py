@@ -8,7 +8,6 @@ and what is logged. Only whole public methods are overridden; `tests/training/te
 from __future__ import annotations
 
 import itertools
-import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,7 +31,7 @@ from bitdistiller_peft.training.checks import (
     check_targets,
 )
 from bitdistiller_peft.training.config import ESTIMATE, DistillConfig
-from bitdistiller_peft.training.documents import fingerprint_dataset
+from bitdistiller_peft.training.doctor import Doctor
 from bitdistiller_peft.training.everywhere import ALL, EveryToken
 from bitdistiller_peft.training.forward import (
     DistillTarget,
@@ -46,6 +45,7 @@ from bitdistiller_peft.training.interrupts import GracefulStop
 from bitdistiller_peft.training.metrics import FlipCounter, Meter, RunMemory, Stopwatch
 from bitdistiller_peft.training.optimizer import split_groups, without_learned
 from bitdistiller_peft.training.placement import build_teacher
+from bitdistiller_peft.training.provenance import describe_loss, provenance
 from bitdistiller_peft.training.relations import Relations
 from bitdistiller_peft.training.released import released_gamma, released_targets
 from bitdistiller_peft.training.sft import as_sft, config_kept, plain_output_head
@@ -115,7 +115,9 @@ class DistillTrainer(SFTTrainer):
         self._objective: Objective | None = None
         self.add_callback(RunMemory())
         self.add_callback(GradientGuard())
-        self.add_callback(CheckpointManifest())
+        self._doctor = Doctor(args)
+        self.add_callback(self._doctor)
+        self.add_callback(CheckpointManifest())  # after all that writes into a checkpoint
         self._stop = GracefulStop()
         self.add_callback(self._stop)
 
@@ -188,7 +190,7 @@ class DistillTrainer(SFTTrainer):
         self._objective = self._flips = None
         self.memory.num_tokens = 0
         self._meters["train"] = Meter()
-        with self._stop.listening():
+        with self._stop.listening(), self._doctor.attending():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._stop.leave()
         return output
@@ -224,9 +226,10 @@ class DistillTrainer(SFTTrainer):
         if self._objective is not None:
             return
         _ = self.objective
-        note_provenance(self.model, self._provenance())
+        note_provenance(self.model, provenance(self.args, self.gamma, self.teacher, self.train_dataset))
         if self.args.log_flip_rate:
             self._flips = FlipCounter(self.model, self.args.flip_rate_layers)
+        self._doctor.start(self.model)
         self._stopwatch.restart(self.memory.num_tokens)
 
     def compute_loss(
@@ -309,7 +312,7 @@ class DistillTrainer(SFTTrainer):
         if isinstance(self.gamma, float):
             logs["gamma"] = self.gamma
         rate = None if self._flips is None else self._flips.rate()
-        return logs if rate is None else {**logs, "flip_rate": rate}
+        return {**logs, **({} if rate is None else {"flip_rate": rate}), **self._doctor.measure()}
 
     def evaluation_loop(
         self,
@@ -353,24 +356,9 @@ class DistillTrainer(SFTTrainer):
             self.model,
             title=model_name or folder.name,
             location=self.hub_model_id or str(folder),
-            loss=self._describe_loss(),
+            loss=describe_loss(self.args, None if self._objective is None else self._objective.gamma, self.teacher),
             log_history=self.state.log_history,
             tags=[*self._tag_names, *([tags] if isinstance(tags, str) else tags or [])],
             dataset=dataset_name,
         )
         (folder / "README.md").write_text(text, encoding="utf-8")
-
-    def _provenance(self) -> dict[str, str | float | None]:
-        """Where the student's weights come from, for the packed model's config."""
-        return {
-            "loss": self.args.loss_type if self.args.loss_weights is None else json.dumps(self.args.loss_weights),
-            "gamma": self.gamma,
-            "teacher": None if self.teacher is None else self.teacher.description,
-            "data": fingerprint_dataset(self.train_dataset),
-        }
-
-    def _describe_loss(self) -> str:
-        gamma = "" if self._objective is None or self._objective.gamma is None else f", gamma {self._objective.gamma}"
-        name = self.args.loss_type if self.args.loss_weights is None else str(self.args.loss_weights)
-        whom = "the labels alone" if self.teacher is None else f"teacher: {self.teacher.description}"
-        return f"Loss: {name}{gamma}, {whom}."

@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any, Self
 
 from peft import PeftConfig
 from peft.utils import PeftType
 
-from bitdistiller_peft.errors import ConfigError, UnknownNameError
+from bitdistiller_peft.errors import UnknownNameError
 from bitdistiller_peft.hub.config import check_packing
 from bitdistiller_peft.hub.projections import check_subln_modules, has_subln
-from bitdistiller_peft.layers import SUBLN_EPS, InputSpec, check_subln
+from bitdistiller_peft.layers import SUBLN_EPS, InputSpec, Trained, check_subln
 from bitdistiller_peft.quantizers import QuantSpec, check_activation_bits
 from bitdistiller_peft.recipes import declare_fields, get_recipe
 from bitdistiller_peft.recipes.targets import check_target, needed_zero_point_range
+from bitdistiller_peft.tuner.card import replace_card_of_peft
+from bitdistiller_peft.tuner.rules import check_choices, check_pattern
 
-MASTER_DTYPES = ("float32", "base")
-TRAIN_OTHER = ("none", "norms", "all")
 OVERRIDE_KEYS = ("bits", "grid", "group_size", "scale_dtype", "zero_point_range", "refine", "tied")
 
 
@@ -45,6 +46,12 @@ class BitDistillerConfig(PeftConfig):
             is recomputed from them; `"ste"` does not.
         learn_scale: train the scales (LSQ) instead of recomputing them from the weights on every forward.
         learn_zero_point: train the zero points too; needs `learn_scale` and grid `"int"`.
+        trainable: what of a quantized layer is trained: `"all"`; `"quantization"`, scales (and zero points) alone,
+            which needs `learn_scale`; or `"lora"`, these and a low-rank update inside the rounding, which becomes codes
+            when it is packed. Norms and copies that other options name are trained in any case, and `calibrate`
+            changes frozen weights too.
+        lora_rank: rank of that update.
+        lora_alpha: the update is multiplied by `lora_alpha / lora_rank`, as in PEFT's LoRA.
         master_dtype: dtype of the trained copies: `"float32"`, or `"base"` for the base model's own. bf16 copies lose
             updates smaller than 1/256 of a weight, which is most of them at usual learning rates. (PEFT itself turns
             16-bit adapters into fp32 unless `autocast_adapter_dtype=False` is passed.)
@@ -99,6 +106,13 @@ class BitDistillerConfig(PeftConfig):
     )
     learn_scale: bool = field(default=True, metadata={"help": "Train the scales instead of recomputing them."})
     learn_zero_point: bool = field(default=False, metadata={"help": "Train the zero points too (grid 'int')."})
+    trainable: str = field(
+        default="all", metadata={"help": "'all', 'quantization' (scales alone) or 'lora' (inside the rounding)."}
+    )
+    lora_rank: int = field(default=16, metadata={"help": "For trainable 'lora': rank of the update."})
+    lora_alpha: float = field(
+        default=16.0, metadata={"help": "For trainable 'lora': the update is multiplied by lora_alpha / lora_rank."}
+    )
     master_dtype: str = field(
         default="float32", metadata={"help": "Dtype of the trained weights: 'float32', or 'base' for the base model's."}
     )
@@ -174,53 +188,41 @@ class BitDistillerConfig(PeftConfig):
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
         if isinstance(self.zero_point_range, tuple):
             self.zero_point_range = list(self.zero_point_range)
-        self._check_choices()
+        check_choices(self)
         check_activation_bits(self.activation_bits)
         check_subln(self.subln, self.subln_eps)
         check_subln_modules(self.subln, self.subln_modules)
         check_packing(self.spec(), self.packing)
         for pattern, override in self.overrides.items():
-            _check_pattern(pattern)
+            check_pattern(pattern)
             self._spec_with(pattern, override)
         if self.target is not None:
             self.zero_point_range = self.zero_point_range or needed_zero_point_range(self, self.target)
             check_target(self, self.target)
 
-    def _check_choices(self) -> None:
-        if self.target_parameters:
-            raise ConfigError(
-                f"`target_parameters` must be None: got target_parameters={self.target_parameters!r}. "
-                "Name the experts module in `target_modules` instead."
-            )
-        if self.train_other not in TRAIN_OTHER:
-            raise UnknownNameError("train_other", self.train_other, TRAIN_OTHER)
-        if self.master_dtype not in MASTER_DTYPES:
-            raise UnknownNameError("master_dtype", self.master_dtype, MASTER_DTYPES)
-        for name in ("learn_scale", "learn_zero_point"):
-            if type(getattr(self, name)) is not bool:
-                raise ConfigError(f"`{name}` must be True or False: got {name}={getattr(self, name)!r}.")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ConfigError(
-                f"`layers_to_transform` must be set when `layers_pattern` is: got layers_pattern="
-                f"{self.layers_pattern!r}. Pass the layer indices."
-            )
-        if not isinstance(self.overrides, dict) or not all(isinstance(v, dict) for v in self.overrides.values()):
-            raise ConfigError(f"`overrides` must map a name to a dict: got overrides={self.overrides!r}.")
-        if self.learn_zero_point and not self.learn_scale:
-            raise ConfigError(
-                "`learn_zero_point` must come with `learn_scale`: got learn_zero_point=True, learn_scale=False. "
-                "Set learn_scale=True."
-            )
-        if self.arithmetic == "released" and self.learn_scale:
-            raise ConfigError(
-                "`learn_scale` must be False with arithmetic='released', which recomputes scales on every forward: got "
-                "learn_scale=True. Set learn_scale=False."
-            )
-        if self.learn_zero_point and not self.spec().grid.has_zero_point:
-            raise ConfigError(
-                f"`learn_zero_point` must be False for a grid without zero points: got grid={self.grid!r}. "
-                "Use grid='int' or learn_zero_point=False."
-            )
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Save as PEFT does, last of all that it saves, and give the folder a model card.
+
+        Args:
+            save_directory: folder of the adapter.
+            kwargs: further arguments of `PeftConfig.save_pretrained`.
+        """
+        super().save_pretrained(save_directory, **kwargs)
+        replace_card_of_peft(Path(save_directory), self)
+
+    def trained(self, spec: QuantSpec) -> Trained:
+        """Which tensors of a weight are trained.
+
+        Args:
+            spec: how the weight is quantized.
+        """
+        return Trained(
+            scale=self.learn_scale,
+            zero_point=self.learn_zero_point and spec.grid.has_zero_point,
+            weight=self.trainable == "all",
+            lora_rank=self.lora_rank if self.trainable == "lora" else 0,
+            lora_alpha=self.lora_alpha,
+        )
 
     def spec(self, module_name: str | None = None) -> QuantSpec:
         """How the weight of a module is quantized.
@@ -253,17 +255,6 @@ class BitDistillerConfig(PeftConfig):
         values |= {"gradient": self.gradient, "arithmetic": self.arithmetic}
         spec = QuantSpec.create(values.pop("grid"), values.pop("bits"), **values)
         return spec.packed_as(self.packing)
-
-
-def _check_pattern(pattern: object) -> None:
-    if not isinstance(pattern, str):
-        raise ConfigError(f"`overrides` must have text keys: got {pattern!r}. Use the end of a module name.")
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ConfigError(
-            f"`overrides` must have regular expressions as keys: got {pattern!r} ({error}). Use e.g. 'down_proj'."
-        ) from None
 
 
 declare_fields("model", [item.name for item in fields(BitDistillerConfig)])

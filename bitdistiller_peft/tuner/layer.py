@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,7 +18,16 @@ from transformers.pytorch_utils import Conv1D
 from bitdistiller_peft.errors import ConfigError, StateError, WeightError
 from bitdistiller_peft.hub.modules import expert_parameters, is_experts
 from bitdistiller_peft.kernels import compute_dtype
-from bitdistiller_peft.layers import NO_CHANGE, FakeQuantWeight, InputSpec, SubLN, forward_with, linear, quant_specs
+from bitdistiller_peft.layers import (
+    NO_CHANGE,
+    FakeQuantWeight,
+    InputSpec,
+    SubLN,
+    Trained,
+    forward_with,
+    linear,
+    quant_specs,
+)
 from bitdistiller_peft.quantizers import QuantSpec
 
 PREFIX = "bitdistiller_"
@@ -62,8 +72,7 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         adapter_name: str,
         spec: QuantSpec,
         *,
-        learn_scale: bool,
-        learn_zero_point: bool,
+        trained: Trained,
         inputs: InputSpec = NO_CHANGE,
         master_dtype: torch.dtype | None = torch.float32,
         inference_mode: bool = False,
@@ -73,8 +82,7 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         Args:
             adapter_name: its name.
             spec: how the weights are quantized.
-            learn_scale: train the scales.
-            learn_zero_point: train the zero points.
+            trained: which of its tensors are trained.
             inputs: what happens to the inputs first: a `SubLN` with trained gains, int8 activations.
             master_dtype: dtype of the copies; `None` keeps the base layer's.
             inference_mode: whether the adapter starts frozen.
@@ -86,7 +94,7 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         for name in self.parameter_names:
             with gather_params_ctx(getattr(self.base_layer, name)):
                 start = self._start_weight(name, master_dtype)
-                student = FakeQuantWeight(start, spec, learn_scale=learn_scale, learn_zero_point=learn_zero_point)
+                student = FakeQuantWeight(start, spec, trained)
             getattr(self, PREFIX + name)[adapter_name] = student
         self.activation_bits[adapter_name] = inputs.activation_bits
         if inputs.norm_eps is not None:
@@ -124,6 +132,19 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
                 "activate them in turn with set_adapter()."
             )
         super().set_adapter(adapter_names, inference_mode=inference_mode)
+        self._freeze_untrained()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """Thaw or freeze adapters; what an adapter does not train stays frozen."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_untrained()
+
+    def _freeze_untrained(self) -> None:
+        # PEFT thaws whatever an adapter holds
+        for holder in self.holders():
+            for student in holder.values():
+                if isinstance(student, FakeQuantWeight):
+                    student.freeze_untrained()
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch between student and teacher; what is trainable stays so.

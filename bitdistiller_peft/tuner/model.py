@@ -86,8 +86,7 @@ class BitDistillerModel(BaseTuner):
             layer.update_layer(
                 adapter_name,
                 spec,
-                learn_scale=peft_config.learn_scale,
-                learn_zero_point=peft_config.learn_zero_point and spec.grid.has_zero_point,
+                trained=peft_config.trained(spec),
                 inputs=peft_config.inputs(current_key),
                 master_dtype=torch.float32 if peft_config.master_dtype == "float32" else None,
                 inference_mode=peft_config.inference_mode,

@@ -201,20 +201,39 @@ def test_eval_scores_a_packed_model_and_its_distance_from_the_teacher(
     assert direct.protocol in (tmp_path / "eval" / "results.md").read_text()
 
 
-def test_compare_pairs_the_models_chunk_by_chunk(command: Command, base: Path, packed: Path, files: Path) -> None:
+def test_compare_pairs_every_two_models_chunk_by_chunk(
+    command: Command, base: Path, packed: Path, files: Path, tmp_path: Path
+) -> None:
+    again = shutil.copytree(packed, tmp_path / "again")
     how = ["--text", files / "text.txt", "--seq-len", "64", "--max-chunks", "8"]
-    rows = command("compare", base, packed, base, *how, "--json").json["rows"]
-    assert "paired" not in rows[0]
-    paired = rows[1]["paired"]
-    mean = sum(b - a for a, b in zip(rows[0]["chunk_nll_nats"], rows[1]["chunk_nll_nats"], strict=True)) / 8
-    assert paired["difference"] == pytest.approx(mean, abs=1e-12)
-    assert paired["low"] <= paired["difference"] <= paired["high"]
-    assert paired["ratio"] == pytest.approx(rows[1]["perplexity"] / rows[0]["perplexity"])
-    assert rows[2]["paired"] == {
-        "difference": 0, "low": 0, "high": 0, "num_chunks": 8, "ratio": 1, "significant": False,
-    }  # fmt: skip
+    result = command("compare", base, packed, again, *how, "--output", tmp_path / "out", "--json").json
+    full, quantized, _ = (row["perplexity"] for row in result["rows"])
+    assert [(pair["first"], pair["other"]) for pair in result["pairs"]] == [
+        (str(base), str(packed)),
+        (str(base), str(again)),
+        (str(packed), str(again)),
+    ]
+    first, _, same = result["pairs"]
+    mean = sum(b - a for a, b in zip(full["chunk_nll_nats"], quantized["chunk_nll_nats"], strict=True)) / 8
+    assert first["difference"] == pytest.approx(mean, abs=1e-12)
+    assert first["low"] <= first["difference"] <= first["high"]
+    assert first["perplexity_ratio"] == pytest.approx(quantized["perplexity"] / full["perplexity"])
+    assert (same["difference"], same["low"], same["high"], same["significant"]) == (0, 0, 0, False)
+    assert result["protocol"] in (tmp_path / "out" / "results.md").read_text()
     few = command("compare", base, packed, *how[:4], "--max-chunks", "2")
     assert (few.code, "needs 5 chunks" in few.err) == (2, True)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["one", "twice"])
+def test_compare_wants_models_that_differ(command: Command, base: Path, files: Path, twice: bool) -> None:
+    done = command("compare", *[base] * (1 + twice), "--text", files / "text.txt")
+    assert (done.code, "two or more, each once" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize("verb", ["eval", "compare"])
+def test_something_to_measure_on_must_be_given(command: Command, base: Path, packed: Path, verb: str) -> None:
+    done = command(verb, packed, *([base] if verb == "compare" else []))
+    assert (done.code, "`eval.text` must be given, or `eval.tasks`" in done.err) == (2, True)
 
 
 # ------------------------------------------------------------------------------------------------ chat, serve

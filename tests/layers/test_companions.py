@@ -10,6 +10,7 @@ from bitdistiller_peft.errors import GroupSizeError, ScaleRangeError, WeightErro
 from bitdistiller_peft.layers import (
     SUFFIXES,
     FakeQuantWeight,
+    Trained,
     attach_learned_params,
     companion,
     companion_suffixes,
@@ -286,7 +287,7 @@ def test_a_lone_weight_presents_itself_fake_quantized(grid: str, bits: int) -> N
     spec = QuantSpec.create(grid, bits, group_size=4)
     weight = normal(2, 3, 8)
     for learn_scale in (False, True):
-        module = FakeQuantWeight(weight.clone(), spec, learn_scale=learn_scale, learn_zero_point=False)
+        module = FakeQuantWeight(weight.clone(), spec, Trained(scale=learn_scale))
         assert torch.equal(module(), fake_quantize(weight, spec))
         assert module.weight.requires_grad
         assert len(list(module.parameters())) == (1 + len(companion_suffixes(spec)) - (grid == "int")) ** learn_scale

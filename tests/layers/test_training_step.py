@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.layers import SUFFIXES, FakeQuantWeight, companion
+from bitdistiller_peft.layers import SUFFIXES, FakeQuantWeight, Trained, companion
 from bitdistiller_peft.quantizers import QuantSpec, find_params, store_learned_params, to_groups
 from bitdistiller_peft.quantizers.spec import QuantParams
 from tests.quantizers.samples import RESIDUAL_OPTIONS, WIDTHS, normal
@@ -45,7 +45,7 @@ def trained(spec: QuantSpec, dtype: torch.dtype, learn: dict[str, bool]) -> tupl
     module = FakeQuantWeight(
         one_signed_and_mixed(spec).to(dtype),
         spec,
-        **{"learn_zero_point": False, **learn},  # type: ignore[arg-type]
+        Trained(learn["learn_scale"], learn.get("learn_zero_point", False)),
     )
     if learn["learn_scale"]:  # elsewhere than at the start, so that weights are clamped
         with torch.no_grad():

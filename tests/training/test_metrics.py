@@ -15,6 +15,7 @@ from tests.training import helpers
 TRAIN_KEYS = {
     "loss", "forward_kl", "reverse_kl", "ce", "gamma", "confidence", "agreement", "entropy", "teacher_entropy",
     "flip_rate", "tokens_per_second", "num_tokens", "learning_rate", "grad_norm", "epoch", "step",
+    "oscillation", "clamped", "dead_levels", "dead_scales", "scale_drift", "scale_drift_max",  # of the doctor
 }  # fmt: skip
 
 

@@ -219,6 +219,16 @@ def trainable_dtypes(student: PeftModel) -> object:
     return {str(parameter.dtype) for parameter in trainable(student).values()}
 
 
+@torch.no_grad()
+def updated_logits(student: PeftModel) -> object:
+    """Of a student whose factors have the same entries whatever their number."""
+    for name, parameter in student.named_parameters():
+        if "_lora_" in name:
+            parameter.fill_(0.05)
+            parameter[..., 1:, :] *= -1 if name.endswith("_B") else 0
+    return logits(student)
+
+
 def all_gradients(student: PeftModel) -> object:
     return torch.cat([grad.flatten() for grad in gradients(student).values()])
 
@@ -233,6 +243,9 @@ KNOBS = {
     "gradient": ("ste", all_gradients, {"learn_scale": False}),
     "learn_scale": (False, trainable_names, {}),
     "learn_zero_point": (True, trainable_names, {}),
+    "trainable": ("quantization", trainable_names, {}),
+    "lora_rank": (4, updated_logits, {"trainable": "lora", "lora_alpha": 1.0}),
+    "lora_alpha": (1.0, updated_logits, {"trainable": "lora"}),
     "master_dtype": ("base", trainable_dtypes, {}),
     "train_other": ("norms", trainable_names, {}),
     "overrides": ({"down_proj": {"bits": 4}}, start_logits, {}),

@@ -1,89 +1,117 @@
-"""`bitdistiller compare`: several models on the same text, each paired with the first."""
+"""`bitdistiller compare`: several models on the same text and tasks, every two of them paired."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bitdistiller_peft.cli import models, output, stages
-from bitdistiller_peft.cli.statistics import paired_difference
+from bitdistiller_peft.cli import models, output, scores, stages
 from bitdistiller_peft.cli.tables import markdown, table
-from bitdistiller_peft.cli.texts import load_texts
+from bitdistiller_peft.cli.texts import evaluation_input
 from bitdistiller_peft.cli.verb import Console, Positional, Settings, Verb
+from bitdistiller_peft.cli.verbs.eval import gallery, say_gallery
 from bitdistiller_peft.errors import ConfigError
 
 SECTIONS = ("", "eval")
-HEADER = ("model", "evaluated as", "perplexity", "nats - first", "95 % interval", "perplexity / first")
+HEADER = ("model", "evaluated as", "perplexity")
+PAIR_HEADER = ("other - first", "of", "difference", "95 % interval", "perplexity ratio")
+NO_DIFFERENCE = " (no difference shown)"
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:
-    """Score every model on the same chunks and compare each with the first one.
+    """Score every model on the same chunks and samples, and compare every two of them.
 
     Raises:
-        ConfigError: fewer than two models, or tokenizers that cut the text differently.
+        ConfigError: fewer than two models, or one of them twice.
+        DataError: tokenizers that cut the text differently.
     """
     sources: list[str] = settings.arguments["models"]
-    if len(sources) < 2:
-        raise ConfigError(f"`MODELS` must be two or more: got {sources}. `bitdistiller eval` scores one.")
+    if len(set(sources)) < 2 or len(set(sources)) < len(sources):
+        raise ConfigError(f"`MODELS` must be two or more, each once: got {sources}. `bitdistiller eval` scores one.")
     if settings.origins.get("output") != stages.COMMAND_LINE:
         settings = settings.with_values(output=None)
-    texts = load_texts(settings.need("eval.text"), "evaluation")
+    given = evaluation_input(settings)
+    scores.check_tasks(settings)
     arguments = {"models": " ".join(sources)}
     folder = Path(settings["output"]) if settings["output"] else None
     done = output.settled(folder, settings, sections=SECTIONS, console=console, arguments=arguments)
     if done is not None:
         return done
-    result = _compare(settings, console, texts, sources)
-    cells = [_cells(row) for row in result["rows"]]
-    console.say(f"{table(HEADER, cells)}\n\nprotocol: {result['protocol']}\n{result['method']}")
+    result = _compare(settings, console, given, sources)
+    console.say("\n\n".join([*_tables(result, as_markdown=False), _method(result)]))
+    say_gallery(console, result["rows"])
     if folder is not None:
-        text = f"{markdown(HEADER, cells)}\n\nProtocol: `{result['protocol']}`. {result['method']}\n"
-        output.write_atomically(folder / "results.md", text)
+        text = "\n\n".join([*_tables(result, as_markdown=True), _method(result)])
+        output.write_atomically(folder / "results.md", f"{text}\n")
         output.finish(folder, result)
     return result
 
 
-def _compare(settings: Settings, console: Console, texts: list[str], sources: list[str]) -> dict[str, Any]:
-    from bitdistiller_peft.evaluation import evaluate_perplexity
+def _compare(
+    settings: Settings, console: Console, given: tuple[Any, dict[str, Any]], sources: list[str]
+) -> dict[str, Any]:
+    from bitdistiller_peft.evaluation.comparison import METHOD, compare_results
 
-    values = settings.section("eval")
-    how = {key: values[key] for key in ("seq_len", "max_chunks", "batch_size", "allow_latent")}
     device = models.choose_device(settings, console)
-    text = texts[0] if len(texts) == 1 else texts
     rows: list[dict[str, Any]] = []
+    measured: dict[str, dict[str, Any]] = {"perplexity": {}, "tasks": {}}
     for source in sources:
         tokenizer = models.load_tokenizer(*models.source_of_tokenizer(source, settings), *sources)
-        scored = asdict(evaluate_perplexity(models.load_any(source, settings, device), tokenizer, text, **how))
-        rows.append({"model": source, **scored})
-        if scored["protocol"] != rows[0]["protocol"]:
-            raise ConfigError(
-                f"models must be compared on the same tokens: {sources[0]} was measured as {rows[0]['protocol']}, "
-                f"{source} as {scored['protocol']}. Their tokenizers differ."
-            )
-        if len(rows) > 1:
-            paired = paired_difference(rows[0]["chunk_nll_nats"], scored["chunk_nll_nats"], seed=settings["seed"])
-            is_real = paired.is_significant
-            rows[-1]["paired"] = {**asdict(paired), "ratio": paired.perplexity_ratio, "significant": is_real}
-    method = "Paired by chunk with the first model; percentile bootstrap over chunks, 10,000 resamples."
-    return {"rows": rows, "protocol": rows[0]["protocol"], "method": method}
+        model = models.load_any(source, settings, device)
+        found = {
+            "perplexity": scores.perplexity_of(model, tokenizer, *given),
+            "tasks": scores.tasks_of(model, tokenizer, settings),
+        }
+        found = {kind: scored for kind, scored in found.items() if scored is not None}
+        for kind, scored in found.items():
+            measured[kind][source] = scored
+        row = {"model": source, **{kind: asdict(scored) for kind, scored in found.items()}}
+        rows.append({**row, **gallery(settings, model, tokenizer, None)})
+        del model  # before the next one is loaded
+    seed = settings["seed"]
+    pairs = [pair for results in measured.values() if results for pair in compare_results(results, seed=seed)]
+    protocol = rows[0].get("perplexity", {}).get("protocol")
+    return {"rows": rows, "pairs": [_pair(pair) for pair in pairs], "protocol": protocol, "method": METHOD}
 
 
-def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    head = (row["model"], row["state"], f"{row['perplexity']:,.3f}")
-    paired = row.get("paired")
-    if paired is None:
-        return (*head, "", "", "")
-    mark = "" if paired["significant"] else " (no difference shown)"
-    interval = f"{paired['low']:+.4f} .. {paired['high']:+.4f}{mark}"
-    return (*head, f"{paired['difference']:+.4f}", interval, f"{paired['ratio']:.4f}")
+def _pair(pair: Any) -> dict[str, Any]:
+    from bitdistiller_peft.evaluation.comparison import NLL
+
+    ratio = math.exp(pair.paired.difference) if pair.measure == NLL else None
+    found = {**asdict(pair.paired), "significant": pair.paired.is_significant, "perplexity_ratio": ratio}
+    return {"measure": pair.measure, "first": pair.first, "other": pair.other, **found}
+
+
+def _tables(result: dict[str, Any], *, as_markdown: bool) -> list[str]:
+    shape = markdown if as_markdown else table
+    scored = [(row["model"], row["perplexity"]) for row in result["rows"] if "perplexity" in row]
+    plain = [(model, found["state"], f"{found['perplexity']:,.3f}") for model, found in scored]
+    parts = [shape(HEADER, plain) if plain else "", scores.task_table(result["rows"], as_markdown=as_markdown)]
+    parts.append(shape(PAIR_HEADER, [_cells(pair) for pair in result["pairs"]]) if result["pairs"] else "")
+    return [part for part in parts if part]
+
+
+def _cells(pair: dict[str, Any]) -> tuple[str, ...]:
+    interval = f"{pair['low']:+.4f} .. {pair['high']:+.4f}{'' if pair['significant'] else NO_DIFFERENCE}"
+    ratio = "" if pair["perplexity_ratio"] is None else f"{pair['perplexity_ratio']:.4f}"
+    names = f"{pair['other']} - {pair['first']}"
+    return (names, pair["measure"], f"{pair['difference']:+.4f}", interval, ratio)
+
+
+def _method(result: dict[str, Any]) -> str:
+    return "\n".join([*([f"protocol: {result['protocol']}"] if result["protocol"] else []), result["method"]])
 
 
 VERB = Verb(
     "compare",
-    "several models on the same text, paired",
+    "several models on the same text and tasks, paired",
     run,
     sections=SECTIONS,
-    positionals=(Positional("models", "folders or Hub names; the first is compared with", "+"),),
-    epilog="example: bitdistiller compare MODEL out/clip/packed out/distill/packed --text wikitext2",
+    positionals=(Positional("models", "folders or Hub names, two or more", "+"),),
+    epilog="""
+examples:
+  bitdistiller compare MODEL out/clip/packed out/distill/packed --text wikitext2
+  bitdistiller compare out/clip/packed out/distill/packed --tasks arc_easy""",
 )

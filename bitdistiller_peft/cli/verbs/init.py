@@ -57,13 +57,14 @@ eval:                     # 4. full precision and packed, side by side, and the 
   text: [{texts}]
   seq_len: 512
   max_chunks: 40
+  gallery: 64             # tokens of a greedy answer to each of eight fixed prompts, checked for collapse
 
 # push:                   # 5. only if `run: stages:` names it
 #   repo: user/name
 #   private: true
 
 run:
-  stages: [calibrate, generate, distill, eval]
+  stages: [calibrate, generate, distill, eval, report]
 """
 
 

@@ -8,15 +8,17 @@ from typing import Any
 
 from bitdistiller_peft.cli import stages
 from bitdistiller_peft.cli.folder import Folder, bits_per_weight, read_folder
+from bitdistiller_peft.cli.measured import measured
+from bitdistiller_peft.cli.output import RESULT
 from bitdistiller_peft.cli.tables import table
 from bitdistiller_peft.cli.verb import Console, Positional, Settings, Verb
 from bitdistiller_peft.cli.verbs.verify import check_bytes
-from bitdistiller_peft.errors import CheckpointError, ConfigError
+from bitdistiller_peft.errors import CheckpointError, ConfigError, DataError
 
 WANTED = (
     *("*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json"),
     *("bitdistiller.json", "README.md", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*"),
-    *("merges.txt", "chat_template.jinja", "chat_templates/*", "preprocessor_config.json", "recipe.yaml"),
+    *("merges.txt", "chat_template.jinja", "chat_templates/*", "preprocessor_config.json", ".eval_results/*.yaml"),
 )
 CARD = "README.md"
 _REPO = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?")
@@ -47,6 +49,8 @@ def execute(settings: Settings, console: Console, source: str, repo: str) -> dic
     Raises:
         ConfigError: `repo` is no name of a repository.
         CheckpointError: the folder is no quantized model, or differs from its checksums.
+        DataError: `push.results` does not know the model.
+        HubError: the Hub refuses, or does not answer; the folder stays as it is.
     """
     if not _REPO.fullmatch(repo):
         raise ConfigError(f"`repo` must be like user/name: got repo={repo!r}.")
@@ -57,14 +61,18 @@ def execute(settings: Settings, console: Console, source: str, repo: str) -> dic
     console.say(table(("file", "bytes"), [(name, f"{size:,}") for name, size in sizes.items()]))
     state = "in training, latent" if folder.kind in ("adapter", "latent") else "packed"
     bits = bits_per_weight(folder)
+    rows = _results(settings, folder)
+    if rows:
+        figures = ", ".join(f"{row['metric']} {row['value']:.6g}" for row in rows)
+        console.say(f"\nmeasured, for the card: {figures}")
     console.say(f"\n{len(files)} files, {sum(sizes.values()):,} bytes, {bits:.3f} bits per weight, {state} -> {repo}")
     result = {"repo": repo, "folder": str(folder.path), "files": sizes, "state": state, "url": None}
     if settings.is_dry_run:
         console.say("dry run: nothing was uploaded")
         return {**result, "dry_run": True}
-    url = _upload(settings, folder, files, repo)
+    url = _upload(settings, folder, files, repo, rows)
     console.say(f"uploaded: {url}")
-    return {**result, "url": str(url)}
+    return {**result, "url": url}
 
 
 def _check(folder: Folder) -> None:
@@ -74,31 +82,41 @@ def _check(folder: Folder) -> None:
         check_bytes(folder)
 
 
-def _upload(settings: Settings, folder: Folder, files: list[Path], repo: str) -> Any:
-    from huggingface_hub import CommitOperationAdd, HfApi
-
-    api, branch = HfApi(), settings["push.branch"]
-    repo = api.create_repo(repo, private=settings["push.private"], exist_ok=True).repo_id
-    if branch:
-        api.create_branch(repo, branch=branch, exist_ok=True)
-    has_card = api.file_exists(repo, CARD, revision=branch)
-    operations = []
-    for file in files:
-        name = str(file.relative_to(folder.path))
-        if name == CARD and has_card:
-            continue
-        content: Any = _card(file, folder, repo) if name == CARD else str(file)
-        operations.append(CommitOperationAdd(path_in_repo=name, path_or_fileobj=content))
-    return api.create_commit(repo, operations, commit_message=settings["push.message"], revision=branch).commit_url
+def _results(settings: Settings, folder: Folder) -> list[dict[str, Any]]:
+    """What was measured of this very model: the folder that was named, or the evaluation of its chain."""
+    source = settings["push.results"]
+    if source is None:
+        beside = folder.path.parent.parent / "eval"
+        if folder.path.name != "packed" or not (beside / RESULT).is_file():
+            return []
+        try:
+            return measured(str(beside), folder.path)
+        except DataError:
+            return []  # of another model of the chain
+    return measured(source, folder.path)
 
 
-def _card(file: Path, folder: Folder, repo: str) -> bytes:
+def _upload(settings: Settings, folder: Folder, files: list[Path], repo: str, rows: list[dict[str, Any]]) -> str:
+    from bitdistiller_peft.hub.upload import Destination, commit_files, open_repository
+
+    to = Destination(repo, branch=settings["push.branch"], private=settings["push.private"])
+    repo = open_repository(to)
+    contents: dict[str, Path | bytes] = {str(file.relative_to(folder.path)): file for file in files}
+    if CARD in contents:
+        contents[CARD] = _card(folder, repo, rows)
+    return str(commit_files(repo, contents, to, message=settings["push.message"]).commit_url)
+
+
+def _card(folder: Folder, repo: str, rows: list[dict[str, Any]]) -> bytes:
     """The card as it reads on the Hub: it was written with the folder in the place of the repository."""
-    text = file.read_text(encoding="utf-8")
+    from bitdistiller_peft.hub.card import with_results
+
+    text = (folder.path / CARD).read_text(encoding="utf-8")
     call = r"PeftModel\.from_pretrained\([^,)]+, " if folder.kind == "adapter" else r"CausalLM\.from_pretrained\("
     text = re.sub(rf"({call})(['\"])[^'\"\n]*\2", lambda found: f"{found[1]}{found[2]}{repo}{found[2]}", text)
     title = repo.rpartition("/")[2]
-    return re.sub(r"^# .*$", f"# {title}", text, count=1, flags=re.MULTILINE).encode()
+    text = re.sub(r"^# .*$", f"# {title}", text, count=1, flags=re.MULTILINE)
+    return with_results(text, rows).encode()
 
 
 VERB = Verb(

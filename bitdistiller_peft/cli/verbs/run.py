@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import gc
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from bitdistiller_peft.cli import output, stages
+from bitdistiller_peft.cli.cost import recorded
 from bitdistiller_peft.cli.schema import STAGES
-from bitdistiller_peft.cli.texts import load_prompts, load_texts
+from bitdistiller_peft.cli.texts import evaluation_input, load_prompts, load_texts
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
-from bitdistiller_peft.cli.verbs import calibrate, distill, eval, export, generate, push
+from bitdistiller_peft.cli.verbs import calibrate, distill, eval, export, generate, push, report
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
 
 SECTIONS = ("", "quant", "calibrate", "generate", "distill", "eval", "export", "push", "run")
@@ -28,6 +30,9 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.is_dry_run:
         console.say(output.resolved_text(settings, SECTIONS))
         for stage in chosen:
+            if stage == "report":  # made again whenever something changed
+                console.say(f"{stage:<12}{'to do':<10}{root / 'report.html'}")
+                continue
             state = "finished" if (root / stage / output.RESULT).is_file() else "to do"
             console.say(f"{stage:<12}{state:<10}{root / stage}")
         return {"dry_run": True, "stages": chosen}
@@ -37,7 +42,9 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for number, stage in enumerate(chosen, start=1):
         console.say(f"\n== {stage} ({number} of {len(chosen)}) ==")
-        results[stage] = _run_stage(settings, console, stage)
+        is_done = stage == "report" or (root / stage / output.RESULT).is_file()
+        with nullcontext() if is_done else recorded(root, stage):
+            results[stage] = _run_stage(settings, console, stage)
         gc.collect()  # the models of a stage are large
     found = stages.packed_folder(settings)
     console.say(f"\ndone: {found or root}")
@@ -62,7 +69,7 @@ def _check_all(settings: Settings, chosen: list[str]) -> None:
     if "distill" in chosen and "generate" not in chosen:
         settings.need("distill.data")
     if "eval" in chosen:
-        load_texts(settings.need("eval.text"), "evaluation")
+        evaluation_input(settings)
     for stage, key in (("push", "push.repo"), ("export", "export.formats")):
         if stage in chosen:
             settings.need(key)
@@ -94,6 +101,8 @@ def _run_stage(settings: Settings, console: Console, stage: str) -> dict[str, An
             return eval.execute(placed, console, sources, settings["model"])
         case "export":
             return export.execute(placed, console, str(stages.packed_folder(settings)))
+        case "report":
+            return report.execute(console, Path(settings["output"]), Path(settings["output"]))
         case _:
             return _push_once(settings, placed, console)
 
