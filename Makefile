@@ -16,7 +16,7 @@ QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE)
 PYTEST := $(QUIET) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := test
-.PHONY: venv test test-all test-lowest nightly mutation audit lint format docs demo demo-quick
+.PHONY: venv test test-all test-lowest nightly mutation mutation-sample audit lint format docs demo demo-quick
 
 venv: $(STAMP)
 
@@ -58,19 +58,29 @@ $(LOWEST)/.installed: pyproject.toml tests/trust/floors.py
 	$(LOWEST)/bin/python -m pip install --constraint $(LOWEST)/constraints.txt --editable ".[dev]"
 	touch $@
 
-# More than 20,000 generated cases, then 10,000 mutants, 10,000 flipped bytes and 100 kills, in memory where there is a
-# /dev/shm; the seeds are in the tests, and -rP shows the figures.
+# More than 20,000 generated cases, then 10,000 mutants of files, 10,000 flipped bytes and 100 kills, in memory where there
+# is a /dev/shm, then mutants of the code; the seeds are in the tests, and -rP shows the figures.
 MEMORY := $(shell test -w /dev/shm && echo TMPDIR=/dev/shm)
 nightly: venv
 	HYPOTHESIS_PROFILE=nightly $(MEMORY) $(PYTEST) tests/trust/test_properties.py tests/packing tests/quantizers
 	$(MEMORY) $(PYTEST) -rP -m nightly tests/trust
+	$(MAKE) mutation-sample
 
-# Works on a copy, in mutants/; goes on where it was stopped. CORE="bitdistiller_peft.packing*" does a part of it.
+# Works on a copy, in mutants/; goes on where it was stopped. CORE="bitdistiller_peft.packing*" does a part of it, and
+# `make mutation-sample` 300 of the 5,500 mutants, drawn with a seed. Then the score, and the survivors with their reasons.
 CORE ?=
-mutation: venv
+MUTMUT := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/mutmut
+mutation: $(BIN)/mutmut
+	$(MUTMUT) run $(CORE)
+	$(BIN)/python tests/trust/mutants.py report
+
+mutation-sample: $(BIN)/mutmut
+	test -d mutants || $(MUTMUT) run "bitdistiller_peft.packing.layout*"
+	$(MUTMUT) run $$($(BIN)/python tests/trust/mutants.py sample 300 7)
+	$(BIN)/python tests/trust/mutants.py report
+
+$(BIN)/mutmut: $(STAMP)
 	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt "mutmut>=3.8"
-	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/mutmut run $(CORE)
-	$(BIN)/mutmut results
 
 # Known vulnerabilities of what is installed in .venv; without a network it says so and passes.
 audit: venv

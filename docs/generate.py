@@ -17,10 +17,6 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PACKAGES = (
-    *("calibration", "evaluation", "export", "grids", "hub", "importing", "kernels", "layers", "losses", "packing"),
-    *("quantizers", "recipes", "report", "training", "tuner"),
-)
 _SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Example|Examples):$")
 _ENTRY = re.compile(r"^ {4}(\S[^:]*): +(.*)$")
 
@@ -38,8 +34,10 @@ def pages() -> dict[str, str]:
 
 
 def packages() -> list[str]:
-    """The subpackages that have public names of their own."""
-    return [name for name in PACKAGES if (ROOT / "bitdistiller_peft" / name / "__init__.py").is_file()]
+    """The subpackages that have public names of their own; those of the command are its own business."""
+    found = sorted((ROOT / "bitdistiller_peft").glob("*/__init__.py"))
+    names = [file.parent.name for file in found if "\n__all__ = [" in file.read_text(encoding="utf-8")]
+    return [name for name in names if name != "cli"]
 
 
 # ---------------------------------------------------------------------------------------------------- command line

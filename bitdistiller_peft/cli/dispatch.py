@@ -35,6 +35,7 @@ VERBS = {
     "run": "the whole chain from one YAML file; goes on where it stopped",
     "calibrate": "fit a student to a calibration text",
     "generate": "let the teacher write training data",
+    "cache": "let the teacher speak once, to disk; distill then needs no teacher in memory",
     "distill": "train the student on what its teacher says, and pack it",
     "eval": "perplexity, divergence from a teacher, tasks",
     "compare": "several models on the same text and tasks, paired",

@@ -102,7 +102,13 @@ def settled(
     return None
 
 
-_DONE = {"calibrate": "calibrated", "generate": "generated", "eval": "evaluated", "compare": "compared"}
+_DONE = {
+    "calibrate": "calibrated",
+    "generate": "generated",
+    "cache": "cached",
+    "eval": "evaluated",
+    "compare": "compared",
+}
 
 
 def finish(folder: Path, result: dict[str, Any]) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from functools import cache
 from bitdistiller_peft.cli.inherited import calibrate_options, distill_options, quant_options
 from bitdistiller_peft.cli.options import Option, Section
 
-STAGES = ("calibrate", "generate", "distill", "eval", "export", "report", "push")
+STAGES = ("calibrate", "generate", "cache", "distill", "eval", "export", "report", "push")
 DEFAULT_STAGES = ["calibrate", "generate", "distill", "eval", "report"]
 TEXT_HELP = "text files, 'wikitext2' (Hub) or 'python-topics' (offline)"
 
@@ -63,6 +63,17 @@ GENERATE = Section(
         Option("batch_size", "int", "prompts answered together", 8),
     ),
 )
+CACHE = Section(
+    "cache",
+    "what the teacher says, kept on the disk",
+    (
+        Option("teacher", "text", "another model to ask, of the same vocabulary: folder or Hub name"),
+        Option("kind", "text", "hidden: last hidden states; topk: the likeliest tokens", "hidden", ("hidden", "topk")),
+        Option("k", "int", "tokens per position, for kind topk", 64),
+        Option("stored_dtype", "text", "float16, bfloat16, float32 (16 bits, those of the teacher)"),
+        Option("batch_size", "int", "documents asked about together", 8),
+    ),
+)
 DISTILL = Section(
     "distill",
     "training (DistillConfig)",
@@ -73,7 +84,7 @@ DISTILL = Section(
         Option("resume", "bool", "go on from the last checkpoint in the output folder", True),
         Option("loss_type", "text", "cakld, forward_kl, reverse_kl, jsd, ce, mixture", "cakld"),
         Option("gamma", "any", "share of reverse KL in CAKLD: estimate, per_token, or 0 to 1", "estimate"),
-        Option("teacher", "text", "'self', or another model: folder or Hub name", "self"),
+        Option("teacher", "text", "'self', 'cached' (see `cache`), or another model: folder or Hub name", "self"),
         Option("learning_rate", "float", "of the master weights", 2e-5),
         Option("scale_learning_rate", "float", "of the scales (learning_rate)"),
         Option("lr_scheduler_type", "text", "linear, cosine, constant, ...", "linear"),
@@ -139,7 +150,9 @@ RUN = Section(
     (Option("stages", "list", f"stages, in this order, of: {', '.join(STAGES)}", DEFAULT_STAGES),),
 )
 
-SECTIONS = {section.name: section for section in (TOP, QUANT, CALIBRATE, GENERATE, DISTILL, EVAL, EXPORT, PUSH, RUN)}
+SECTIONS = {
+    section.name: section for section in (TOP, QUANT, CALIBRATE, GENERATE, CACHE, DISTILL, EVAL, EXPORT, PUSH, RUN)
+}
 
 
 @cache

@@ -24,14 +24,29 @@ def placed(settings: Settings, stage: str) -> Settings:
         return settings
     root = Path(settings["output"])
     changes: dict[str, object] = {"output": str(root / stage)}
-    if stage == "distill":
-        planned = settings["run.stages"] if settings.verb == "run" else ()
-        for key, before in (("distill.student", "calibrate"), ("distill.data", "generate")):
-            if settings[key] is None and (before in planned or (root / before / "result.json").is_file()):
-                changes[key.replace(".", "__")] = str(root / before)
+    planned = settings["run.stages"] if settings.verb == "run" else ()
+    for key, before in _inputs(settings, stage).items():
+        if settings[key] is None and (before in planned or (root / before / "result.json").is_file()):
+            changes[key.replace(".", "__")] = str(root / before)
     moved = settings.with_values(**changes)
     moved.verb = stage
     return moved
+
+
+def _inputs(settings: Settings, stage: str) -> dict[str, str]:
+    """What a stage takes from the stages before it: setting to stage."""
+    match stage:
+        case "cache":
+            return {"distill.data": "generate"}
+        case "distill":
+            cached = {"distill.teacher_cache": "cache"} if needs_cache(settings) else {}
+            return {"distill.student": "calibrate", "distill.data": "generate", **cached}
+    return {}
+
+
+def needs_cache(settings: Settings) -> bool:
+    """Whether training asks a cached teacher, and no folder is named that has its answers."""
+    return settings["distill.teacher"] == "cached" and settings["distill.teacher_cache"] is None
 
 
 def packed_folder(settings: Settings) -> Path | None:

@@ -52,10 +52,11 @@ def verify_checkpoint(folder: str | os.PathLike[str]) -> list[Path]:
 
 def _check_config(config: dict[str, Any]) -> None:
     section = config.get("quantization_config")
-    if not isinstance(section, dict) or section.get("quant_method") != QUANT_METHOD:
+    method = section.get("quant_method") if isinstance(section, dict) else section
+    if method != QUANT_METHOD or not isinstance(section, dict):
         raise CheckpointError(
             f"{CONFIG_NAME} must have a `quantization_config` with quant_method={QUANT_METHOD!r}: got "
-            f"{str(section)[:80]!r}. This is no checkpoint of bitdistiller_peft, or {CONFIG_NAME} is damaged; download "
+            f"{str(method)[:80]!r}. This is no checkpoint of bitdistiller_peft, or {CONFIG_NAME} is damaged; download "
             "it again."
         )
     try:

@@ -41,7 +41,7 @@ def pack_base3(codes: Tensor) -> Tensor:
     digits = digits.reshape(*digits.shape[:-1], words, len(_BYTE_SHIFTS), CODES_PER_BYTE)
     in_bytes = (digits * torch.tensor(_DIGITS, device=codes.device)).sum(-1)
     packed = (in_bytes << torch.tensor(_BYTE_SHIFTS, device=codes.device)).sum(-1)
-    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).to(torch.int32).contiguous()
+    return packed.to(torch.int32).contiguous()  # keeps the low 32 bits, sign or not
 
 
 def unpack_base3(words: Tensor, num_codes: int) -> Tensor:

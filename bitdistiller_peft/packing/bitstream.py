@@ -38,8 +38,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     # codes never overlap, so adding is the same as or-ing
     words.index_add_(-1, word, shifted & _LOW_WORD)
     words.index_add_(-1, word + 1, shifted >> WORD_BITS)
-    words = words[..., :-1]
-    return torch.where(words >= 1 << 31, words - (1 << WORD_BITS), words).to(torch.int32).contiguous()
+    return words[..., :-1].to(torch.int32).contiguous()  # keeps the low 32 bits, sign or not
 
 
 def unpack_codes(words: Tensor, bits: int, num_codes: int) -> Tensor:

@@ -21,6 +21,16 @@ _CURVES = (
     ("Loss", {"loss": "training", "eval_loss": "evaluation"}, "loss"),
     ("KL between teacher and student", {"forward_kl": "forward", "reverse_kl": "reverse"}, "nats per token"),
     ("Codes that changed", {"flip_rate": "flip rate"}, "share of codes"),
+    (
+        "What codes and scales do",
+        {
+            "oscillation": "oscillation",
+            "clamped": "clamped",
+            "dead_levels": "dead levels",
+            "dead_scales": "dead scales",
+        },
+        "share of all",
+    ),
 )
 _NO_MODEL = "No packed model was found. `bitdistiller distill` or `bitdistiller run` makes one."
 _TRAIN = "`bitdistiller distill` (with `logging_steps`) writes the log; so does `bitdistiller run`."
@@ -40,18 +50,25 @@ def series_of(log: Sequence[dict[str, Any]], key: str, name: str) -> Series | No
 
 
 def training(found: Findings) -> Section:
-    """Loss, both divergences and the flip rate over the steps."""
+    """Loss, both divergences, flip rate and what the doctor measures over the steps; and what it found."""
     title = "Training"
     if not found.log:
         return Section("training", title, missing=f"No log of a training run was found. {_TRAIN}")
     blocks: list[Block] = []
     for name, keys, unit in _CURVES:
-        series = [s for s in (series_of(found.log, key, label) for key, label in keys.items()) if s is not None]
+        series = [one for key, label in keys.items() if (one := series_of(found.log, key, label)) is not None]
         if not series:
             blocks.append(Paragraph(f"{name}: not in the log ({', '.join(keys)}). {_TRAIN}"))
             continue
         svg = line_chart(name, series, x_name="step", y_name=unit, from_zero=unit != "loss")
         blocks.append(Figure(name, svg, _points(name, series)))
+    if found.doctor:
+        rows = tuple(
+            tuple(str(one.get(key, "")) for key in ("name", "severity", "first_step", "seen", "advice"))
+            for one in found.doctor
+        )
+        header = ("finding", "severity", "first step", "what was seen", "what helps")
+        blocks.append(Table("The training doctor", header, rows, texts=(0, 1, 3, 4)))
     lost = sum(1 for entry in found.log for key in ("loss", "forward_kl", "reverse_kl") if _is_lost(entry.get(key)))
     if lost:
         blocks.append(Paragraph(f"{lost} logged values are not finite; the curves leave them out."))
@@ -96,7 +113,9 @@ def errors(found: Findings, weights: WeightReport | None) -> Section:
         "moves weights on purpose, and AWQ rescales them: then a large error here is no fault by itself."
     )
     table = Table(title, ("layer", *columns), rows, texts=())
-    drawn = [Figure(title, heat_map(title, names, columns, finite), table)] if finite else [table]
+    drawn = (
+        [Figure("Relative error of each matrix", heat_map(title, names, columns, finite), table)] if finite else [table]
+    )
     return Section("errors", title, (*drawn, Paragraph(words)))
 
 
@@ -127,12 +146,12 @@ def weight_histogram(weights: WeightReport | None) -> Section:
     shares = zip(found.levels, found.shares, strict=True)
     rows = tuple((short(level) if math.isfinite(level) else "never used", f"{100 * s:.2f} %") for level, s in shares)
     table = Table("Levels, and the share of weights on each", ("level", "share of the weights"), rows, texts=())
-    words = f"{found.name}, in {found.unit}. `bitdistiller report FOLDER --weight NAME` shows another one."
+    words = f"In {found.unit}. `bitdistiller report FOLDER --weight NAME` shows another one."
     if found.before is None:
         words += f" {weights.no_errors}"
     elif found.outside:
         words += f" {100 * found.outside:.2g} % of the weights before lie outside and count at the ends."
-    return Section("histogram", title, (Figure(title, svg, table), Paragraph(words)))
+    return Section("histogram", title, (Figure(found.name, svg, table), Paragraph(words)))
 
 
 def sizes(weights: WeightReport | None) -> Section:
@@ -156,7 +175,9 @@ def sizes(weights: WeightReport | None) -> Section:
     header = ("part", "weights", "bytes", "bits per weight of the model", "share")
     svg = divided_bar(title, [(part.part, part.stored_bits / 8) for part in weights.parts])
     words = f"{num_bytes(total / 8)} in all, {total / count:.3f} bits per weight, everything counted."
-    return Section("sizes", title, (Figure(title, svg, Table(title, header, tuple(rows))), Paragraph(words)))
+    return Section(
+        "sizes", title, (Figure("Shares of the files", svg, Table(title, header, tuple(rows))), Paragraph(words))
+    )
 
 
 def _is_number(value: Any) -> bool:

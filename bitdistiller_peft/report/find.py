@@ -18,7 +18,7 @@ from bitdistiller_peft.hub.manifest import MANIFEST_NAME
 
 STAGES = ("calibrate", "generate", "distill", "eval", "export")
 RESULT, SETTINGS, COSTS = "result.json", "resolved.yaml", "costs.json"
-METRICS, STATE = "metrics.jsonl", "trainer_state.json"
+METRICS, STATE, DOCTOR = "metrics.jsonl", "trainer_state.json", "doctor.json"
 _COMMAND = re.compile(r"# bitdistiller ([a-z-]+),")
 
 
@@ -31,6 +31,7 @@ class Findings:
         stages: the result of each finished stage, by name.
         settings: text of the resolved settings; empty without.
         log: entries of the trainer's log, in order.
+        doctor: what the training doctor found, in its own words.
         costs: time and memory of each stage, as `run` recorded them.
         packed: folder of the packed model, if there is one.
         config: its config.json.
@@ -43,6 +44,7 @@ class Findings:
     stages: dict[str, dict[str, Any]]
     settings: str
     log: tuple[dict[str, Any], ...]
+    doctor: tuple[dict[str, Any], ...]
     costs: dict[str, dict[str, Any]]
     packed: Path | None
     config: dict[str, Any]
@@ -111,6 +113,7 @@ def find(folder: Path, base: str | None = None) -> Findings:
         stages=stages,
         settings=_text(folder / SETTINGS, read),
         log=log,
+        doctor=_doctor(folder, read),
         costs={key: value for key, value in costs.items() if isinstance(value, dict)},
         packed=packed,
         config=config,
@@ -158,6 +161,14 @@ def _log(folder: Path, read: list[Path]) -> tuple[dict[str, Any], ...]:
             if path.is_file():
                 history = _entry(_text(path, read), str(path)).get("log_history")
                 return tuple(entry for entry in history or () if isinstance(entry, dict))
+    return ()
+
+
+def _doctor(folder: Path, read: list[Path]) -> tuple[dict[str, Any], ...]:
+    for place in (folder, folder / "trainer", folder / "distill" / "trainer"):
+        if (place / DOCTOR).is_file():
+            found = _json(place / DOCTOR, read).get("findings")
+            return tuple(finding for finding in found or () if isinstance(finding, dict))
     return ()
 
 

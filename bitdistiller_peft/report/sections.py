@@ -13,6 +13,7 @@ from bitdistiller_peft.report.document import Answer, Block, Dialogue, Paragraph
 from bitdistiller_peft.report.find import STAGES, Findings
 
 _PLAIN = (str, int, float, bool)
+_DIVERGENCE = ("KL mean", "KL 95 %", "top-1")
 
 
 def mapping(value: Any) -> dict[str, Any]:
@@ -31,8 +32,8 @@ def percent(value: Any) -> str:
 
 
 def score_of(row: dict[str, Any]) -> dict[str, Any]:
-    """The perplexity of a row with what belongs to it; `eval` keeps it apart, `compare` in the row itself."""
-    return row if isinstance(row.get("perplexity"), (int, float)) else mapping(row.get("perplexity"))
+    """The perplexity of a row with what belongs to it."""
+    return mapping(row.get("perplexity"))
 
 
 def scores(found: Findings) -> Section:
@@ -41,17 +42,18 @@ def scores(found: Findings) -> Section:
     if not found.rows:
         command = "bitdistiller eval MODEL --text TEXT --teacher BASE --output FOLDER/eval"
         return Section("scores", title, missing=f"No evaluation was found. `{command}` makes one.")
-    header = ("model", "evaluated as", "perplexity", "nats per token", "KL mean", "KL 95 %", "top-1", "tokens")
+    header: tuple[str, ...] = ("model", "evaluated as", "perplexity", "nats per token", *_DIVERGENCE, "tokens")
     rows = tuple(_score_cells(row) for row in found.rows)
     blocks: list[Block] = [Table("Perplexity, and divergence from the teacher", header, rows, texts=(0, 1))]
-    paired = [(row, mapping(row.get("paired"))) for row in found.rows if row.get("paired")]
-    if paired:
-        cells = tuple(
-            (str(row.get("model")), number(p.get("difference")), f"{number(p.get('low'))} to {number(p.get('high'))}")
-            for row, p in paired
-        )
-        blocks.append(Table("Paired with the first model", ("model", "nats - first", "95 % interval"), cells))
-    protocols = Counter(str(score_of(row).get("protocol")) for row in found.rows)
+    tasks = tuple(_task_cells(row, score) for row in found.rows for score in _scores_on_tasks(row))
+    if tasks:
+        header = ("model", "task", "score", "±", "samples", "few-shot", "protocol")
+        blocks.append(Table("Tasks", header, tasks, texts=(0, 1, 6)))
+    pairs = found.stages["eval"].get("pairs")
+    if isinstance(pairs, list) and pairs:
+        header = ("models", "measure", "difference", "95 % interval")
+        blocks.append(Table("Paired comparison", header, tuple(_pair_cells(mapping(p)) for p in pairs), texts=(0, 1)))
+    protocols = Counter(str(score_of(row)["protocol"]) for row in found.rows if "protocol" in score_of(row))
     words = "KL in nats per token, from the teacher to the model. Figures compare only under the same protocol: "
     blocks.append(Paragraph(words + "; ".join(protocols) + "."))
     return Section("scores", title, tuple(blocks))
@@ -71,6 +73,24 @@ def _score_cells(row: dict[str, Any]) -> tuple[str, ...]:
     )
 
 
+def _scores_on_tasks(row: dict[str, Any]) -> list[dict[str, Any]]:
+    found = mapping(row.get("tasks")).get("scores")
+    return [mapping(score) for score in found] if isinstance(found, list) else []
+
+
+def _task_cells(row: dict[str, Any], score: dict[str, Any]) -> tuple[str, ...]:
+    name = "/".join(str(score[key]) for key in ("task", "metric", "filter") if score.get(key) not in (None, "none"))
+    numbers = (number(score.get(key)) for key in ("value", "stderr", "num_samples", "num_fewshot"))
+    return (str(row.get("model")), name, *numbers, str(score.get("protocol", "")))
+
+
+def _pair_cells(pair: dict[str, Any]) -> tuple[str, ...]:
+    interval = f"{number(pair.get('low'))} to {number(pair.get('high'))}"
+    mark = "" if pair.get("significant") else " (no difference shown)"
+    names = f"{pair.get('other')} - {pair.get('first')}"
+    return (names, str(pair.get("measure")), number(pair.get("difference")), interval + mark)
+
+
 def costs(found: Findings) -> Section:
     """Time and memory of each stage, as far as they were recorded."""
     rows = []
@@ -88,7 +108,7 @@ def costs(found: Findings) -> Section:
     title = "Time and memory by stage"
     if not rows:
         return Section("costs", title, missing="No stage recorded its time. `bitdistiller run -c run.yaml` does.")
-    table = Table(title, ("stage", "time", "peak memory", "peak on the accelerator"), tuple(rows))
+    table = Table("As recorded", ("stage", "time", "peak memory", "peak on the accelerator"), tuple(rows))
     words = "Loading included, where `bitdistiller run` recorded it. Empty: not recorded."
     return Section("costs", title, (table, Paragraph(words)))
 

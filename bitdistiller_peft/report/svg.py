@@ -26,7 +26,7 @@ class Series:
     Attributes:
         name: for the legend.
         xs: where.
-        ys: how much; what is not finite leaves a gap.
+        ys: how much; what is not finite is left out.
     """
 
     name: str
@@ -90,7 +90,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_name: str, y_name: str
         if len(places) <= _MARKED:
             body += [f'<circle class="dot s{number}" cx="{x:.2f}" cy="{y:.2f}" r="2.2"/>' for x, y in places]
         if len(series) > 1:
-            body += _legend(number, one.name)
+            body += _legend(number, one.name, (WIDTH - LEFT) / max(3, len(series)))
     last = ", ".join(f"{one.name} ends at {short(points[-1][1])}" for one, points in drawn)
     scale = ", logarithmic scale" if up.is_log else ""
     return drawing(title, f"{y_name} over {x_name}{scale}: {last}.", body)
@@ -105,7 +105,7 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: di
         columns: names, left to right.
         values: number of each ``(row, column)``; others stay empty.
     """
-    high = max(values.values())
+    low, high = min(values.values()), max(values.values())
     left, top, height = 40.0, 62.0, 15.0
     width = (WIDTH - left - 4) / len(columns)
     body = []
@@ -115,17 +115,17 @@ def heat_map(title: str, rows: Sequence[str], columns: Sequence[str], values: di
         body.append(f'<text class="tick" x="{x:.1f}" y="{top - 5:.1f}" {turned}>{html_text(name)}</text>')
     body += [text(left - 5, top + height * (at + 0.73), name, anchor="end") for at, name in enumerate(rows)]
     for (row, column), value in sorted(values.items()):
-        share = value / high if high > 0 else 0.0
+        share = (value - low) / (high - low) if high > low else 0.0
         x, y = left + width * column, top + height * row
         words = html_text(f"{rows[row]} {columns[column]}: {value:.4f}")
         body.append(
             f'<g><rect class="heat" x="{x:.2f}" y="{y:.2f}" width="{width - 1:.2f}" height="{height - 1:.2f}" '
-            f'fill-opacity="{0.06 + 0.94 * share:.3f}"/><title>{words}</title>'
+            f'fill-opacity="{0.1 + 0.9 * share:.3f}"/><title>{words}</title>'
             + text(x + width / 2, y + height * 0.73, _in_cell(value, width), anchor="middle", kind=_on(share))
             + "</g>"
         )
     worst = max(values, key=lambda place: values[place])
-    words = f"From {short(min(values.values()))} to {short(high)}; most in {rows[worst[0]]}, {columns[worst[1]]}."
+    words = f"From {short(low)}, palest, to {short(high)}, strongest; most in {rows[worst[0]]}, {columns[worst[1]]}."
     return drawing(title, words, body, top + height * len(rows) + 4)
 
 
@@ -154,11 +154,11 @@ def two_histograms(title: str, before: Bars | None, after: Bars, levels: Sequenc
     """
     low, high = after.edges[0], after.edges[-1]
     across = Axis(low, high, LEFT, WIDTH - RIGHT)
-    half = (HEIGHT + 60 - TOP - BOTTOM) / 2
+    half = (HEIGHT + 70 - TOP - BOTTOM) / 2
     parts = [(before, "before", 0), (after, "after", 1)]
     body: list[str] = []
     for bars, name, number in parts:
-        floor, ceiling = TOP + half * (number + 1), TOP + half * number + 10
+        floor, ceiling = TOP + half * (number + 1), TOP + half * number + 22
         up = fit_axis([*(bars.shares if bars else (1.0,)), 0.0], floor, ceiling, from_zero=True)
         body += [f'<line class="grid" x1="{LEFT:.2f}" x2="{WIDTH - RIGHT:.2f}" y1="{floor:.2f}" y2="{floor:.2f}"/>']
         body += [text(LEFT - 5, up.at(tick) + 4, f"{100 * tick:.3g} %", anchor="end") for tick in up.ticks()[1::2]]
@@ -166,11 +166,11 @@ def two_histograms(title: str, before: Bars | None, after: Bars, levels: Sequenc
             x, y = across.at(left), up.at(share)
             size = f'width="{max(across.at(right) - x - 0.4, 0.6):.2f}" height="{floor - y:.2f}"'
             body.append(f'<rect class="bar s{number}" x="{x:.2f}" y="{y:.2f}" {size}/>')
-        body.append(text(WIDTH - RIGHT, ceiling + 2, name if bars else f"{name}: not known", anchor="end", kind="name"))
+        body.append(text(LEFT, ceiling - 8, name if bars else f"{name}: not known", kind="name"))
     bottom = TOP + 2 * half
     for level in levels:
         x = across.at(level)
-        body.append(f'<line class="level" x1="{x:.2f}" x2="{x:.2f}" y1="{TOP:.2f}" y2="{bottom:.2f}"/>')
+        body.append(f'<line class="level" x1="{x:.2f}" x2="{x:.2f}" y1="{TOP + 18:.2f}" y2="{bottom:.2f}"/>')
     body += [text(across.at(tick), bottom + 14, short(tick), anchor="middle") for tick in across.ticks()]
     body.append(text((LEFT + WIDTH) / 2, bottom + 30, x_name, anchor="middle", kind="name"))
     words = f"Levels at {', '.join(short(level) for level in levels)}."
@@ -217,10 +217,10 @@ def _frame(across: Axis, up: Axis, x_name: str, y_name: str) -> list[str]:
     return lines
 
 
-def _legend(number: int, name: str) -> list[str]:
-    x = LEFT + 8 + number * 110
+def _legend(number: int, name: str, room: float) -> list[str]:
+    x = LEFT + number * room
     line = f'<line class="line s{number}" x1="{x:.2f}" x2="{x + 18:.2f}" y1="12" y2="12"/>'
-    return [line, text(x + 23, 16, name, kind="name")]
+    return [line, text(x + 22, 16, name, kind="tick")]
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:

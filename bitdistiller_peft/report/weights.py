@@ -193,12 +193,13 @@ def histogram(weight: PackedWeight, original: Tensor | None, num_bins: int = NUM
     used = [level for level in levels if math.isfinite(level)]
     margin = max(1.0, (max(used) - min(used)) / max(1, len(used) - 1))
     low, high = min(used) - margin, max(used) + margin
-    edges = tuple(torch.linspace(low, high, num_bins + 1, dtype=torch.float64).tolist())
     before, outside = None, 0.0
     if original is not None:
         steps = _in_steps(original, weight).flatten()
+        low, high = _widened(low, high, steps)
         outside = float(((steps < low) | (steps > high)).double().mean())
         before = _shares(steps, low, high, num_bins)
+    edges = tuple(torch.linspace(low, high, num_bins + 1, dtype=torch.float64).tolist())
     counts = torch.bincount(codes.flatten().long(), minlength=len(levels)).double()
     order = sorted(range(len(levels)), key=lambda code: _sortable(levels[code]))
     shares = (counts / counts.sum()).tolist()
@@ -239,6 +240,14 @@ def _in_steps(values: Tensor, weight: PackedWeight) -> Tensor:
 def _level(steps: Tensor, codes: Tensor, code: int) -> float:
     mine = steps[codes == code]
     return round(float(mine.median()), 4) if len(mine) else math.nan
+
+
+def _widened(low: float, high: float, steps: Tensor) -> tuple[float, float]:
+    """Room for all but a thousandth of the weights at either end, and for at most twice the span."""
+    span, count = high - low, len(steps)
+    first = float(steps.kthvalue(max(1, count // 1000)).values)
+    last = float(steps.kthvalue(count - count // 1000).values)
+    return max(min(low, first), low - span / 2), min(max(high, last), high + span / 2)
 
 
 def _shares(steps: Tensor, low: float, high: float, num_bins: int) -> tuple[float, ...]:

@@ -7,6 +7,8 @@ from bitdistiller_peft.training.cache_writer import cache_teacher
 from bitdistiller_peft.training.cached import CachedTeacher
 from bitdistiller_peft.training.config import DistillConfig
 from bitdistiller_peft.training.data import generate_teacher_data, load_teacher_data
+from bitdistiller_peft.training.doctor import Finding, diagnose, divergence_by_layer
+from bitdistiller_peft.training.prepare import prepare_dataset
 from bitdistiller_peft.training.teachers import SelfTeacher, SeparateTeacher, Teacher
 from bitdistiller_peft.training.trainer import DistillTrainer
 
@@ -14,11 +16,15 @@ __all__ = [
     "CachedTeacher",
     "DistillConfig",
     "DistillTrainer",
+    "Finding",
     "SelfTeacher",
     "SeparateTeacher",
     "Teacher",
     "TeacherCache",
     "cache_teacher",
+    "diagnose",
+    "divergence_by_layer",
     "generate_teacher_data",
     "load_teacher_data",
+    "prepare_dataset",
 ]

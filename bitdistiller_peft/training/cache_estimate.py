@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.errors import DoesNotFitError
 from bitdistiller_peft.losses import Head
 from bitdistiller_peft.training.cache_store import CacheLayout
 from bitdistiller_peft.training.documents import DIGEST_BYTES, Document
@@ -67,21 +67,25 @@ def estimate(documents: Mapping[bytes, Document], layout: CacheLayout, head: Hea
     return CacheEstimate(len(documents), num_tokens, num_tokens * layout.bytes_per_token + head_bytes + index, sizes)
 
 
-def check_room(folder: Path, expected: CacheEstimate) -> None:
+def check_room(folder: Path, expected: CacheEstimate, tell: Callable[[CacheEstimate], object] | None = None) -> None:
     """Say what is coming, and refuse what the disk cannot hold.
 
     Args:
         folder: of the cache.
         expected: its size.
+        tell: is told the size; None for the log.
 
     Raises:
-        ConfigError: there is too little space left.
+        DoesNotFitError: there is too little space left.
     """
-    logger.warning("%s", expected)
+    if tell is None:
+        logger.warning("%s", expected)
+    else:
+        tell(expected)
     there = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     free = shutil.disk_usage(folder).free
     if expected.num_bytes - there > free:
-        raise ConfigError(
+        raise DoesNotFitError(
             f"`output_dir` must have room for {expected.num_bytes:,} bytes: {folder} has {free:,} left. Cache fewer "
             "documents, or use kind='topk' with a smaller k."
         )

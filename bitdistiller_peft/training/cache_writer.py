@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from bitdistiller_peft.hub.atomic import write_tensors
 from bitdistiller_peft.layers import iter_quantized
 from bitdistiller_peft.losses import Head
 from bitdistiller_peft.losses.projection import project
-from bitdistiller_peft.training.cache_estimate import check_room, estimate
+from bitdistiller_peft.training.cache_estimate import CacheEstimate, check_room, estimate
 from bitdistiller_peft.training.cache_store import (
     HEAD_NAME,
     CacheLayout,
@@ -50,6 +50,7 @@ def cache_teacher(
     batch_size: int = 8,
     shard_bytes: int = 1 << 28,
     show_progress: bool = True,
+    tell: Callable[[CacheEstimate], object] | None = None,
 ) -> TeacherCache:
     """Ask a teacher once about every document, and write the answers to disk.
 
@@ -73,10 +74,11 @@ def cache_teacher(
         batch_size: documents per forward pass.
         shard_bytes: size of a file, and what a kill may cost.
         show_progress: show a progress bar.
+        tell: is told the size before the first batch, in place of the log.
 
     Raises:
-        ConfigError: a setting that cannot work, a folder that holds something else, too little space on the disk, or
-            hidden states that overflow.
+        ConfigError: a setting that cannot work, a folder that holds something else, or hidden states that overflow.
+        DoesNotFitError: too little space on the disk.
         DataError: data without tokens, or a stream.
         StateError: the model is quantized.
 
@@ -95,7 +97,7 @@ def cache_teacher(
         folder = Path(output_dir)
         about = _of_teacher(model) | _of_tokenizer(tokenizer) | _of_head(head) | {"num_shards": len(plan)}
         begin(folder, about | {"layout": dataclasses.asdict(layout), "data": fingerprint_documents(documents)})
-        check_room(folder, estimate(documents, layout, head))
+        check_room(folder, estimate(documents, layout, head), tell)
         if kind == "hidden" and not (folder / HEAD_NAME).exists():
             bias = {} if head.bias is None else {"bias": head.bias.cpu()}
             write_tensors(folder / HEAD_NAME, {"weight": head.weight.cpu(), **bias})

@@ -287,7 +287,8 @@ class _Handler(BaseHTTPRequestHandler):
             oid = hashlib.sha256(files[path]).hexdigest()
             self.hub.stored.setdefault(oid, files[path])
             linked = {"X_Linked_ETag": f'"{oid}"', "X_Linked_Size": str(len(files[path])), "X_Repo_Commit": commit}
-            self._reply(302, b"", Location=f"{self.hub.address}/cdn/{oid}", **linked)
+            elsewhere = self.hub.address.replace("127.0.0.1", "localhost")  # the client treats another host differently
+            self._reply(302, b"", Location=f"{elsewhere}/cdn/{oid}", **linked)
         else:
             self._reply(200, files[path], ETag=f'"{git_oid(files[path])}"', X_Repo_Commit=commit)
 

@@ -37,7 +37,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setenv("HF_TOKEN", TOKEN)
-        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
         monkeypatch.setattr(time, "sleep", lambda seconds: None)
         close_session()
         yield hub
@@ -175,7 +175,9 @@ def test_a_fresh_cache_gets_the_same_bits_and_holds_them_to_the_checksums(
     hub.add("user/damaged", damaged)
     hub.add("user/bare", bare)
     settings = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address, "HF_HOME": str(tmp_path / "home")}
-    child = run_python(FROM_HUB, str(tmp_path / "logits"), **settings, HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1")
+    child = run_python(
+        FROM_HUB, str(tmp_path / "logits"), **settings, HF_HUB_DISABLE_XET="1", NO_PROXY="127.0.0.1,localhost"
+    )
     assert child.returncode == 0, child.stderr[-2000:]
     found = load_file(tmp_path / "logits")
     assert torch.equal(found["packed"], original.logits)

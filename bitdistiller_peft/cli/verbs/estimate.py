@@ -55,6 +55,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         "packed_bytes": sizes.packed_bytes,
         "bits_per_weight": 8 * sizes.packed_bytes / sizes.weights,
         "peak_bytes": peaks,
+        "runtime_bytes": runtime,
         "limit_bytes": limit,
         "disk_bytes": disk,
         "free_disk_bytes": free,

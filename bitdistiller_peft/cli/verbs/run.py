@@ -12,10 +12,10 @@ from bitdistiller_peft.cli.cost import recorded
 from bitdistiller_peft.cli.schema import STAGES
 from bitdistiller_peft.cli.texts import evaluation_input, load_prompts, load_texts
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
-from bitdistiller_peft.cli.verbs import calibrate, distill, eval, export, generate, push, report
+from bitdistiller_peft.cli.verbs import cache, calibrate, distill, eval, export, generate, push, report
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
 
-SECTIONS = ("", "quant", "calibrate", "generate", "distill", "eval", "export", "push", "run")
+SECTIONS = ("", "quant", "calibrate", "generate", "cache", "distill", "eval", "export", "push", "run")
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:
@@ -56,6 +56,8 @@ def _chosen(settings: Settings) -> list[str]:
     for stage in asked:
         if stage not in STAGES:
             raise UnknownNameError("run.stages", stage, STAGES)
+    if "run.stages" not in settings.origins and stages.needs_cache(settings):
+        asked.append("cache")
     return [stage for stage in STAGES if stage in asked]
 
 
@@ -68,6 +70,7 @@ def _check_all(settings: Settings, chosen: list[str]) -> None:
         load_prompts(settings.need("generate.prompts"), "text", has_template=False, max_prompts=1)
     if "distill" in chosen and "generate" not in chosen:
         settings.need("distill.data")
+    _check_cache(settings, chosen)
     if "eval" in chosen:
         evaluation_input(settings)
     for stage, key in (("push", "push.repo"), ("export", "export.formats")):
@@ -75,6 +78,20 @@ def _check_all(settings: Settings, chosen: list[str]) -> None:
             settings.need(key)
     if not {"distill", "calibrate"} & set(chosen) and stages.packed_folder(settings) is None:
         raise ConfigError(f"`run.stages` must make a model, or find one in `output`: got {chosen}. Add 'distill'.")
+
+
+def _check_cache(settings: Settings, chosen: list[str]) -> None:
+    needed, is_there = stages.needs_cache(settings), (Path(settings["output"]) / "cache" / output.RESULT).is_file()
+    if "cache" in chosen and not needed:
+        raise ConfigError(
+            "`run.stages` must not name 'cache' unless training asks for it: got distill.teacher="
+            f"{settings['distill.teacher']!r}, distill.teacher_cache={settings['distill.teacher_cache']!r}. Set "
+            "distill.teacher to 'cached' and leave teacher_cache out."
+        )
+    if "distill" in chosen and needed and "cache" not in chosen and not is_there:
+        raise ConfigError(
+            f"`run.stages` must name 'cache' for distill.teacher='cached': got {chosen}. Or give distill.teacher_cache."
+        )
 
 
 def _check_folder(root: Path) -> None:
@@ -94,6 +111,8 @@ def _run_stage(settings: Settings, console: Console, stage: str) -> dict[str, An
             return calibrate.execute(placed.with_values(calibrate__pack=True) if makes_model else placed, console)
         case "generate":
             return generate.execute(placed, console)
+        case "cache":
+            return cache.execute(placed, console)
         case "distill":
             return distill.execute(placed, console)
         case "eval":

@@ -1,0 +1,194 @@
+"""What `bitdistiller estimate` predicts against what a stage takes: peak memory, seconds and size, on three model sizes.
+
+Random Llama-shaped models; each measured run is the command itself, in a process of its own. The process first runs the
+stage on a very small model, so that all code is loaded and all one-off buffers are there; what it holds then is the
+baseline, and its high-water mark (VmHWM) begins anew. Predicted and measured are without that baseline.
+
+    python -m benchmarks.estimate                                  # all; a few minutes on one core
+    python -m benchmarks.estimate --sizes 30M --stages distill
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import ctypes
+import gc
+import io
+import json
+import os
+import pydoc_data.topics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks._results import ROOT, figure, table, write_results
+
+SIZES: dict[str, tuple[int, int, int, int, int]] = {  # hidden, intermediate, layers, heads, vocabulary
+    "tiny": (64, 128, 2, 2, 512),
+    "30M": (384, 1024, 14, 6, 16384),
+    "60M": (512, 1408, 16, 8, 32768),
+    "135M": (576, 1536, 30, 9, 49152),
+}
+STAGES = ("distill", "distill, no checkpointing", "calibrate", "calibrate, blockwise")
+ASKED_ERROR = 0.15
+SEQ_LEN = 256
+
+
+def save_model(folder: Path, size: str) -> Path:
+    """A random model with a tokenizer of bytes."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    hidden, intermediate, layers, heads, vocab = SIZES[size]
+    config = LlamaConfig(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2048, tie_word_embeddings=True,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    bytes_ = Tokenizer(models.BPE({char: at for at, char in enumerate(["<end>", *alphabet])}, []))
+    bytes_.pre_tokenizer, bytes_.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=bytes_, eos_token="<end>", pad_token="<end>").save_pretrained(folder)
+    return folder
+
+
+def settings_of(model: Path, data: Path, stage: str) -> list[str]:
+    """What the command is told; of the stages, everything that has a say in memory is a default, but for the lengths."""
+    verb, _, variant = stage.partition(", ")
+    common = ["--model", str(model), "--device", "cpu", "--dtype", "float32"]
+    common += ["--quant.bits", "2", "--quant.group-size", "64", "--run.stages", verb]
+    values: dict[str, Any] = {
+        "distill": {
+            "data": data, "max_steps": 3, "per_device_train_batch_size": 4, "max_length": SEQ_LEN, "bf16": "false",
+            "gamma": 0.5, "gradient_checkpointing": "false" if variant else "true", "resume": "false",
+        },
+        "calibrate": {
+            "texts": "python-topics", "num_samples": 8, "seq_len": SEQ_LEN,
+            "method": "blockwise" if variant else "clip",
+        },
+    }[verb]  # fmt: skip
+    return common + [word for key, value in values.items() for word in (f"--{verb}.{key.replace('_', '-')}", str(value))]
+
+
+def predict(settings: list[str], folder: Path) -> dict[str, Any]:
+    """What `estimate` says, the probe included."""
+    from bitdistiller_peft.cli import main
+
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        code = main(["estimate", *settings, "--output", str(folder), "--json"])
+    if code:
+        raise SystemExit(f"estimate ended with {code}")
+    return dict(json.loads(out.getvalue()))
+
+
+def run_stage(settings: list[str], folder: Path) -> None:
+    """The command, in this process."""
+    from bitdistiller_peft.cli import main
+
+    if main(["run", *settings, "--output", str(folder)]):
+        raise SystemExit("the stage failed")
+
+
+def measure_here(stage: str, model: Path, data: Path, warm: Path) -> dict[str, Any]:
+    """Peak and seconds of a stage in this process, beyond what it held before."""
+    with tempfile.TemporaryDirectory() as folder:
+        run_stage(settings_of(warm, data, stage), Path(folder) / "warm")
+        gc.collect()
+        ctypes.CDLL(None).malloc_trim(0)
+        before = memory("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
+        start = time.perf_counter()
+        run_stage(settings_of(model, data, stage), Path(folder) / "measured")
+        seconds = time.perf_counter() - start
+        packed = sum(file.stat().st_size for file in (Path(folder) / "measured").glob("*/packed/*.safetensors"))
+    return {"peak": memory("VmHWM") - before, "baseline": before, "seconds": seconds, "packed": packed}
+
+
+def memory(name: str) -> int:
+    """A line of /proc/self/status in bytes."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
+
+
+def measure(stage: str, model: Path, data: Path, warm: Path) -> dict[str, Any]:
+    """`measure_here` in a process of its own."""
+    command = [sys.executable, "-m", "benchmarks.estimate", "--child", stage, str(model), str(data), str(warm)]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(done.stderr[-4000:])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
+
+
+def row_of(size: str, stage: str, model: Path, data: Path, warm: Path) -> dict[str, Any]:
+    """Predicted and measured."""
+    with tempfile.TemporaryDirectory() as folder:
+        predicted = predict(settings_of(model, data, stage), Path(folder))
+    verb = stage.partition(",")[0]
+    peak = predicted["peak_bytes"][verb] - predicted["runtime_bytes"]
+    found = measure(stage, model, data, warm)
+    seconds = (predicted.get("seconds") or {}).get(verb)
+    return {
+        "size": size,
+        "stage": stage,
+        "weights": predicted["weights"],
+        "predicted MiB": round(peak / 2**20, 1),
+        "measured MiB": round(found["peak"] / 2**20, 1),
+        "error": round(peak / found["peak"] - 1, 4),
+        "baseline MiB": round(found["baseline"] / 2**20, 1),
+        "predicted s": None if seconds is None else round(seconds, 1),
+        "measured s": round(found["seconds"], 1),
+        "packed predicted": predicted["packed_bytes"],
+        "packed measured": found["packed"],
+    }
+
+
+def figures_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The largest error of a peak, and of all sizes of packed files."""
+    sizes = [abs(row["packed predicted"] / row["packed measured"] - 1) for row in rows if row["packed measured"]]
+    return {
+        "largest error of peak memory": figure(
+            max(abs(row["error"]) for row in rows), "of measured", at_most=ASKED_ERROR
+        ),
+        "largest error of packed size": figure(max(sizes, default=0.0), "of measured"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", nargs="+", default=["30M", "60M", "135M"], choices=list(SIZES))
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--name", default="estimate", help="of the results file")
+    parser.add_argument("--child", nargs=4, metavar=("STAGE", "MODEL", "DATA", "WARM"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.child:
+        stage, *paths = options.child
+        with contextlib.redirect_stdout(sys.stderr):
+            found = measure_here(stage, *map(Path, paths))
+        print(json.dumps(found))
+        return
+    rows = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        data = folder / "data.jsonl"
+        texts = sorted(pydoc_data.topics.topics.values(), key=len)[-24:]  # each fills a window
+        data.write_text("\n".join(json.dumps({"text": text}) for text in texts), encoding="utf-8")
+        warm = save_model(folder / "tiny", "tiny")
+        for size in options.sizes:
+            model = save_model(folder / size, size)
+            for stage in options.stages:
+                rows.append(row_of(size, stage, model, data, warm))
+                print(table(rows[-1:]), flush=True)
+                write_results(options.name, rows, figures_of(rows))
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The site is whole without building it: navigation, links, generated reference, and error messages that exist."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import json
+import re
+from functools import cache
+from importlib import import_module
+from pathlib import Path, PurePosixPath
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+MKDOCS = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+@cache
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("docs_generate", DOCS / "generate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@cache
+def generated() -> dict[str, str]:
+    return generator().pages()
+
+
+@cache
+def written() -> dict[str, str]:
+    return {str(f.relative_to(DOCS)): f.read_text(encoding="utf-8") for f in sorted(DOCS.rglob("*.md"))}
+
+
+def leaves(nav: Any) -> list[str]:
+    """The pages of a navigation, in order."""
+    if isinstance(nav, str):
+        return [nav]
+    inner = nav.values() if isinstance(nav, dict) else nav
+    return [page for entry in inner for page in leaves(entry)]
+
+
+def test_the_navigation_lists_every_page_once_and_no_other() -> None:
+    pages = leaves(MKDOCS["nav"])
+    assert len(set(pages)) == len(pages)
+    expected = written().keys() | generated().keys()
+    assert expected - set(pages) == set(), "pages that nobody finds: add them to `nav` in mkdocs.yml"
+    assert set(pages) - expected == set(), "entries of `nav` in mkdocs.yml without a page"
+
+
+def anchors(text: str) -> set[str]:
+    """The ids that the headings of a page get."""
+    headings = re.findall(r"^#{1,6} (.+)$", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S), re.M)
+    plain = (re.sub(r"[^\w\s-]", "", re.sub(r"[`*]|\]\([^)]*\)", "", heading)) for heading in headings)
+    return {re.sub(r"[-\s]+", "-", heading.strip().lower()) for heading in plain}
+
+
+def test_every_link_leads_to_a_page_and_a_heading_of_the_site() -> None:
+    pages = written() | generated()
+    broken = []
+    for page, text in pages.items():
+        for target in re.findall(
+            r"\]\((?!https?:|mailto:)([^)\s]+)\)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+        ):
+            path, _, anchor = target.partition("#")
+            steps: list[str] = []
+            for part in (*PurePosixPath(page).parent.parts, *PurePosixPath(path).parts) if path else (page,):
+                steps = steps[:-1] if part == ".." else [*steps, part]
+            found = pages.get("/".join(steps))
+            if found is None or (anchor and anchor not in anchors(found)):
+                broken.append(f"{page}: {target}")
+    assert not broken
+
+
+def test_no_page_is_built_with_what_must_be_fetched() -> None:
+    assert MKDOCS["strict"] is True
+    assert MKDOCS["theme"]["font"] is False
+    assert all(key != "extra_javascript" and key != "extra_css" for key in MKDOCS)
+
+
+# ------------------------------------------------------------------------------------------------ the reference
+
+
+def test_every_verb_and_setting_is_in_the_reference() -> None:
+    from bitdistiller_peft.cli.dispatch import VERBS
+    from bitdistiller_peft.cli.schema import all_keys
+
+    commands, settings = generated()["reference/cli.md"], generated()["reference/settings.md"]
+    for verb in VERBS:
+        assert f"\n## {verb}\n" in commands
+        assert f"usage: bitdistiller {verb}" in commands
+    for key, option in all_keys().items():
+        assert f"| `{option.name}` |" in settings, key
+        assert generator()._cell(option.help) in settings, key
+    for name in ("modules_to_not_convert", "save_steps", "zero_point_range", "loss_weights"):
+        assert (f"| `{name}` |" in settings) == (name != "modules_to_not_convert"), name
+
+
+def public() -> list[tuple[str, str]]:
+    import bitdistiller_peft
+
+    found = [("public", name) for name in bitdistiller_peft.__all__ if not name.startswith("__")]
+    for package in generator().packages():
+        found += [(package, name) for name in import_module(f"bitdistiller_peft.{package}").__all__]
+    return found
+
+
+def test_every_public_name_is_in_the_reference_with_its_first_sentence() -> None:
+    missing = []
+    for package, name in public():
+        page = generated()[f"reference/{package}.md"]
+        home = "bitdistiller_peft" if package == "public" else f"bitdistiller_peft.{package}"
+        value = getattr(import_module(home), name)
+        doc = (value.__doc__ or "") if callable(value) else ""
+        first = doc.strip().partition("\n")[0].replace("``", "`")
+        if f"\n## {name}\n" not in page or first not in page:
+            missing.append(f"{package}.{name}")
+    assert not missing
+
+
+def test_a_docstring_becomes_lists_and_code() -> None:
+    doc = "Do it.\n\nArgs:\n    a: the\n        first.\n    b: ``two``.\n\nReturns:\n    It.\n\nExample:\n    >>> f(1)"
+    assert "\n".join(generator().markdown(doc)) == (
+        "Do it.\n\n\n**Args**\n\n- `a`: the\n    first.\n- `b`: `two`.\n\n\n**Returns**\n\nIt.\n\n\n"
+        "**Example**\n\n```python\n>>> f(1)\n```"
+    )
+
+
+def test_every_measured_figure_is_shown_and_a_missed_one_is_marked() -> None:
+    page = generated()["measurements.md"]
+    for path in (ROOT / "benchmarks" / "results").glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        section = page.partition(f"\n## {result['name']}\n")[2].partition("\n## ")[0]
+        assert result["command"] in section
+        for name, figure in result["figures"].items():
+            (line,) = [line for line in section.splitlines() if line.startswith(f"| {name} | ")]
+            asked, value = figure["asked"], figure["value"]
+            is_missed = value < asked.get("min", value) or value > asked.get("max", value)
+            assert line.endswith("| x |") == is_missed, name
+
+
+# ------------------------------------------------------------------------------------------------ troubleshooting
+
+
+@cache
+def messages() -> list[str]:
+    """Every text in the package, with … in the place of values."""
+    found = []
+    for file in sorted((ROOT / "bitdistiller_peft").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                found.append(node.value)
+            elif isinstance(node, ast.JoinedStr):
+                parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
+                found.append("".join(map(str, parts)))
+    return found
+
+
+HEADINGS = re.findall(r"^### (.+)$", (DOCS / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+@pytest.mark.parametrize("heading", [heading for heading in HEADINGS if not heading.startswith("Symptom: ")])
+def test_a_message_that_is_explained_is_one_that_is_raised(heading: str) -> None:
+    pattern = re.compile(".*".join(re.escape(part.strip()) for part in heading.split("…")), re.DOTALL)
+    assert any(pattern.search(message) for message in messages())
+
+
+def test_the_page_explains_at_least_a_score_of_messages() -> None:
+    assert len(HEADINGS) >= 20

@@ -1,0 +1,143 @@
+"""What became of mutmut's mutants: the score, and the survivors with a reason for each.
+
+    python tests/trust/mutants.py report            after `make mutation`; status 1 below 80 %
+    python tests/trust/mutants.py sample 300 7      names of 300 mutants, drawn with seed 7, one a line
+
+Mutants that no test runs count as survivors. Two kinds of survivors are recognised by comparing syntax trees: those
+that only change the text of an error, and those that only change where a tensor is made, which a machine without an
+accelerator cannot see. The others need an entry in `survivors.json`.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import random
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+FOLDER = Path("mutants/bitdistiller_peft")
+REASONS = Path(__file__).with_name("survivors.json")
+ASKED = 0.8
+SURVIVED, NO_TEST, TIMEOUTS = 0, 33, (24, 36, 152, 255)
+MESSAGE, DEVICE = "only the text of an error differs", "only the device differs, and there is only one"
+
+
+class Mutant(NamedTuple):
+    """A mutant and what became of it."""
+
+    name: str
+    source: Path
+    exit_code: int | None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether no test has noticed it."""
+        return self.exit_code in (SURVIVED, NO_TEST)
+
+
+def mutants(folder: Path = FOLDER) -> Iterator[Mutant]:
+    """All mutants, those that were not tried included (their exit code is None)."""
+    for meta in sorted(folder.rglob("*.meta")):
+        for name, code in json.loads(meta.read_text())["exit_code_by_key"].items():
+            yield Mutant(name, meta.with_suffix(""), code)
+
+
+def sample(names: list[str], count: int, seed: int) -> list[str]:
+    """Some of the mutants, the same ones for the same seed."""
+    return sorted(random.Random(seed).sample(sorted(names), min(count, len(names))))
+
+
+# ------------------------------------------------------------------------------------------------------------ reasons
+
+
+class _Neutral(ast.NodeTransformer):
+    """Takes out of a tree what may differ: texts under `raise`, or devices."""
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        return ast.Raise(exc=ast.Constant("raised"), cause=None) if self.kind == MESSAGE else self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        if self.kind == DEVICE:
+            node.keywords = [keyword for keyword in node.keywords if keyword.arg != "device"]
+        return self.generic_visit(node)
+
+
+def bodies(source: str) -> dict[str, ast.FunctionDef]:
+    """The functions of a mutated file, mutants and originals, by name."""
+    found = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef))
+    return {node.name: node for node in found if "__mutmut_" in node.name}
+
+
+def _seen(function: ast.FunctionDef, kind: str) -> str:
+    tree = ast.parse(ast.unparse(function))
+    body = _Neutral(kind).visit(tree).body[0].body
+    return ast.unparse(ast.Module(body=body, type_ignores=[]))
+
+
+def difference(name: str, functions: dict[str, ast.FunctionDef]) -> str:
+    """The lines that differ from the original, `- ` and `+ `."""
+    own, base = (ast.unparse(functions[key]).splitlines()[1:] for key in (name, original_of(name)))
+    gone, come = [line for line in base if line not in own], [line for line in own if line not in base]
+    return "\n".join([f"- {line.strip()}" for line in gone] + [f"+ {line.strip()}" for line in come])
+
+
+def original_of(name: str) -> str:
+    """The name of a mutant's original."""
+    return f"{name.rpartition('__mutmut_')[0]}__mutmut_orig"
+
+
+def reason_of(name: str, functions: dict[str, ast.FunctionDef], known: dict[str, str]) -> str | None:
+    """Why a survivor may live, or None.
+
+    Args:
+        name: the function's name in the mutated file.
+        functions: from `bodies`.
+        known: reasons by `function: difference`.
+    """
+    for kind in (MESSAGE, DEVICE):
+        if _seen(functions[name], kind) == _seen(functions[original_of(name)], kind):
+            return kind
+    return known.get(f"{name.rpartition('__mutmut_')[0]}: {difference(name, functions)}")
+
+
+# ------------------------------------------------------------------------------------------------------------- report
+
+
+def report(folder: Path = FOLDER, reasons: Path = REASONS) -> int:
+    """Print the score by part, and the survivors; 1 where less than asked was noticed."""
+    known: dict[str, str] = json.loads(reasons.read_text())
+    tried = [mutant for mutant in mutants(folder) if mutant.exit_code is not None]
+    parts: dict[str, list[Mutant]] = {}
+    for mutant in tried:
+        parts.setdefault(mutant.source.parent.name, []).append(mutant)
+    explained, open_ones = Counter[str](), []
+    for source in sorted({mutant.source for mutant in tried if mutant.is_alive}):
+        functions = bodies(source.read_text())
+        for mutant in (m for m in tried if m.source == source and m.is_alive):
+            name = mutant.name.rpartition(".")[2]
+            reason = reason_of(name, functions, known)
+            if reason is None:
+                open_ones.append(f"{mutant.name}\n{difference(name, functions)}")
+            else:
+                explained[reason] += 1
+    for part, members in sorted({**parts, "all": tried}.items()):
+        dead = sum(not member.is_alive for member in members)
+        print(f"{part:12} {dead:6} of {len(members):6} noticed: {dead / max(1, len(members)):.1%}")
+    print(*(f"{count:6} survivors: {reason}" for reason, count in explained.most_common()), sep="\n")
+    print(f"{len(open_ones):6} survivors without a reason", *open_ones, sep="\n")
+    share = sum(not mutant.is_alive for mutant in tried) / max(1, len(tried))
+    return 0 if tried and share >= ASKED else 1
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "sample":
+        print(*sample([mutant.name for mutant in mutants()], int(sys.argv[2]), int(sys.argv[3])), sep="\n")
+    else:
+        sys.exit(report())
