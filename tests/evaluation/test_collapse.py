@@ -64,7 +64,9 @@ def test_a_text_without_a_loop_of_tokens_is_judged_by_its_characters(text: str, 
     ],
     ids=["one-token", "at-the-end", "at-the-beginning", "broken-off", "too-short", "too-seldom", "none", "nothing"],
 )
-def test_a_loop_is_found_with_its_period_start_and_count(ids: list[int], expected: tuple[int, int, float] | None) -> None:
+def test_a_loop_is_found_with_its_period_start_and_count(
+    ids: list[int], expected: tuple[int, int, float] | None
+) -> None:
     found = find_loop(ids)
     assert (found and (found.period, found.start, found.repeats)) == expected
 
