@@ -3,9 +3,9 @@
     python tests/trust/mutants.py report            after `make mutation`; status 1 below 80 %
     python tests/trust/mutants.py sample 300 7      names of 300 mutants, drawn with seed 7, one a line
 
-Mutants that no test runs count as survivors. Two kinds of survivors are recognised by comparing syntax trees: those
-that only change the text of an error, and those that only change where a tensor is made, which a machine without an
-accelerator cannot see. The others need an entry in `survivors.json`.
+Mutants that no test runs count as survivors. Some are recognised by comparing syntax trees: they only change the text
+of a message, or where a tensor is made, which a machine without an accelerator cannot see, or count an axis from the
+front. The others need an entry in `survivors.json`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ FOLDER = Path("mutants/bitdistiller_peft")
 REASONS = Path(__file__).with_name("survivors.json")
 ASKED = 0.8
 SURVIVED, NO_TEST, TIMEOUTS = 0, 33, (24, 36, 152, 255)
-MESSAGE, DEVICE = "only the text of an error differs", "only the device differs, and there is only one"
+MESSAGE = "only the text of a message differs"
+DEVICE = "only the device differs, and there is only one"
+AXIS = "the axis is counted from the front, and there are two"
 
 
 class Mutant(NamedTuple):
@@ -55,13 +57,20 @@ def sample(names: list[str], count: int, seed: int) -> list[str]:
 
 
 class _Neutral(ast.NodeTransformer):
-    """Takes out of a tree what may differ: texts under `raise`, or devices."""
+    """Takes out of a tree what may differ: messages, devices, or from where an axis is counted."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
 
     def visit_Raise(self, node: ast.Raise) -> ast.AST:
         return ast.Raise(exc=ast.Constant("raised"), cause=None) if self.kind == MESSAGE else self.generic_visit(node)
+
+    def visit_Constant(self, node: ast.Constant) -> ast.AST:
+        is_prose = isinstance(node.value, str) and " " in node.value
+        return ast.Constant("prose") if self.kind == MESSAGE and is_prose else node
+
+    def visit_UnaryOp(self, node: ast.UnaryOp) -> ast.AST:
+        return node.operand if self.kind == AXIS and ast.unparse(node) in ("-1", "+1") else self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
         if self.kind == DEVICE:
@@ -101,7 +110,7 @@ def reason_of(name: str, functions: dict[str, ast.FunctionDef], known: dict[str,
         functions: from `bodies`.
         known: reasons by `function: difference`.
     """
-    for kind in (MESSAGE, DEVICE):
+    for kind in (MESSAGE, DEVICE, AXIS):
         if _seen(functions[name], kind) == _seen(functions[original_of(name)], kind):
             return kind
     return known.get(f"{name.rpartition('__mutmut_')[0]}: {difference(name, functions)}")
