@@ -14,6 +14,7 @@ from bitdistiller_peft._version import library_version
 if TYPE_CHECKING:
     from bitdistiller_peft.calibration import CalibrationResult as CalibrationResult
     from bitdistiller_peft.calibration import calibrate as calibrate
+    from bitdistiller_peft.calibration import fit_subln as fit_subln
     from bitdistiller_peft.evaluation import compare_results as compare_results
     from bitdistiller_peft.evaluation import detect_collapse as detect_collapse
     from bitdistiller_peft.evaluation import evaluate_divergence as evaluate_divergence
@@ -52,6 +53,7 @@ _HOMES = {
     "evaluate_perplexity": "evaluation",
     "evaluate_tasks": "evaluation",
     "export_model": "export",
+    "fit_subln": "calibration",
     "generate_gallery": "evaluation",
     "generate_teacher_data": "training",
     "get_bitdistiller_model": "tuner",

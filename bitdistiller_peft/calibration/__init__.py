@@ -3,6 +3,7 @@
 from bitdistiller_peft.calibration.api import calibrate
 from bitdistiller_peft.calibration.options import AwqOptions, BlockwiseOptions, ClipOptions, GptqOptions
 from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult, LayerReport
+from bitdistiller_peft.calibration.sub_norms import fit_subln
 
 __all__ = [
     "AwqOptions",
@@ -13,4 +14,5 @@ __all__ = [
     "GptqOptions",
     "LayerReport",
     "calibrate",
+    "fit_subln",
 ]

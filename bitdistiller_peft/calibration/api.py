@@ -19,9 +19,9 @@ from bitdistiller_peft.calibration.progress import Progress
 from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult, LayerReport
 from bitdistiller_peft.calibration.slots import Display, Slot, find_student
 from bitdistiller_peft.calibration.sweep import Sweep, segments
-from bitdistiller_peft.calibration.texts import fingerprint, token_windows
+from bitdistiller_peft.calibration.texts import batches_of, check_length, fingerprint, token_windows
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.tuner import borrowed
+from bitdistiller_peft.tuner import borrowed, note_provenance
 
 
 def calibrate(
@@ -95,10 +95,12 @@ def calibrate(
                 slot.check_searchable()
     if chosen.needs_text:
         windows = token_windows(texts, tokenizer, num_samples, seq_len)
-        _check_length(base, windows.shape[1])
+        check_length(base, windows.shape[1])
     else:
         windows = torch.empty(0, 0, dtype=torch.long)
-    batches = _batches(windows, batch_size, method, slots[0].weight.device)
+    if batch_size is None:
+        batch_size = 1 if method == "blockwise" else 8
+    batches = batches_of(windows, batch_size, slots[0].weight.device)
     progress = _progress(resume_dir, base, slots, chosen, batches)
     with (
         borrowed(model),
@@ -113,6 +115,8 @@ def calibrate(
     result = _result(sweep, slots, blocks, method, windows)
     if output_path is not None:
         result.save(output_path)
+    seen = result.data["tokens_sha256"] if chosen.needs_text else None
+    note_provenance(model, {"calibration": method, "calibration_data": seen})
     return result
 
 
@@ -167,19 +171,3 @@ def _result(
     data = {"num_samples": windows.shape[0], "seq_len": windows.shape[1], "tokens_sha256": fingerprint(windows)}
     specs = {name: by_name[name].spec.to_dict() for name in ranges}
     return CalibrationResult(method, reports, ranges, specs, data, blocks, sweep.options.clip_weights)
-
-
-def _check_length(base: nn.Module, seq_len: int) -> None:
-    config: Any = getattr(base, "config", None)
-    text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
-    longest = getattr(text_config, "max_position_embeddings", None)
-    if isinstance(longest, int) and seq_len > longest:
-        raise ConfigError(f"`seq_len` must be at most {longest} for this model: got seq_len={seq_len}.")
-
-
-def _batches(windows: Tensor, batch_size: int | None, method: str, device: torch.device) -> list[Tensor]:
-    if batch_size is None:
-        batch_size = 1 if method == "blockwise" else 8
-    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
-        raise ConfigError(f"`batch_size` must be a positive integer: got batch_size={batch_size!r}. Use 8.")
-    return list(torch.split(windows.to(device), batch_size))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bitdistiller_peft.errors import ConfigError, DataError
 
@@ -99,3 +99,27 @@ def _collect(texts: Iterable[str], tokenizer: Any, enough: int) -> list[int]:
     if is_empty:
         raise DataError("`texts` must not be empty: got no text at all. 128 passages of 512 tokens are a good start.")
     return ids
+
+
+def check_length(base: nn.Module, seq_len: int) -> None:
+    """Refuse windows that are longer than a model's positions.
+
+    Raises:
+        ConfigError: they are.
+    """
+    config: Any = getattr(base, "config", None)
+    text_config = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
+    longest = getattr(text_config, "max_position_embeddings", None)
+    if isinstance(longest, int) and seq_len > longest:
+        raise ConfigError(f"`seq_len` must be at most {longest} for this model: got seq_len={seq_len}.")
+
+
+def batches_of(windows: Tensor, batch_size: int, device: torch.device) -> list[Tensor]:
+    """Split windows into batches on a device.
+
+    Raises:
+        ConfigError: `batch_size` is no positive integer.
+    """
+    if not isinstance(batch_size, int) or isinstance(batch_size, bool) or batch_size < 1:
+        raise ConfigError(f"`batch_size` must be a positive integer: got batch_size={batch_size!r}. Use 8.")
+    return list(torch.split(windows.to(device), batch_size))

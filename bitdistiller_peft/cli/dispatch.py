@@ -49,6 +49,7 @@ VERBS = {
     "chat": "talk to a model in the terminal",
     "serve": "speak the OpenAI protocol (transformers' own server)",
     "env": "versions and devices, for a bug report",
+    "demo": "the whole path on a toy model: a minute or two, no network",
 }
 
 _TOP = """usage: bitdistiller VERB [options]

@@ -1,7 +1,10 @@
 """What each stage holds at its peak: plain arithmetic on the shapes of a model, nothing is loaded.
 
-The terms are those of the code: frozen weights, fp32 master weights, gradients, optimizer moments, the fake-quantized
-weights that autograd keeps, hidden states, a tile of logits. What is not modelled: fragmentation, other programs.
+The terms are those of the code, and no figure is fitted: frozen weights, fp32 master weights, gradients, optimizer
+moments, the fake-quantized weights and activations that autograd keeps, hidden states, tiles of logits. Activations are
+counted on a decoder block of the usual kind (two norms, attention with rotary positions, a gated MLP). Not modelled:
+other programs, and memory that the allocator keeps for itself after it was freed: glibc's heap by default, the gaps
+between blocks on a GPU. `benchmarks/estimate.py` holds this against measurements.
 """
 
 from __future__ import annotations
@@ -10,11 +13,11 @@ from dataclasses import dataclass
 from typing import Any
 
 FP32 = 4
-TILE_BYTES = 1 << 28  # logits and their gradient, a tile at a time; both sides
+CPU_TILE, GPU_TILE = 1 << 26, 1 << 28  # bytes of logits of one side in the loss, see `losses.checks`
+TILES = 3  # both sides' logits, and a product on its way into one of them
 LAYER_COPIES = 6  # fp32 copies of the largest weight while it is fake-quantized and differentiated
-BLOCK_STATES = 14  # activations of a decoder block in hidden sizes per token, kept for the backward pass
 OPTIMIZERS = {"8bit": 2, "sgd": 0, "adafactor": 1, "lion": 4}  # bytes per weight, by a part of the name
-RUNTIME = 700 << 20  # Python with torch, transformers and trl
+RUNTIME = 600 << 20  # Python with torch, transformers and trl
 
 
 @dataclass(frozen=True)
@@ -34,6 +37,7 @@ class Sizes:
         vocab: vocabulary.
         kv_width: width of the cached keys and values of a token, in one layer.
         compute_bytes: of one number in the dtype of activations.
+        tile: bytes of a tile of logits in the loss.
     """
 
     base_bytes: int
@@ -48,6 +52,26 @@ class Sizes:
     vocab: int
     kv_width: int
     compute_bytes: int
+    tile: int = CPU_TILE
+
+    @property
+    def kept(self) -> int:
+        """Activations of a block that its backward pass needs, in numbers per token.
+
+        The inputs of the two norms, normalized; queries, keys, values and the attention's output; the input of the
+        output projection and of both halves of the block; gate, its activation, up, and their product.
+        """
+        return 8 * self.hidden + 2 * self.kv_width + 4 * self.intermediate
+
+    @property
+    def passing(self) -> int:
+        """Activations of a block that exist at once while nothing is kept, in numbers per token.
+
+        In the attention, input, normalized input, queries, keys, values and the rotated ones on their way; in the MLP,
+        input, normalized input, gate, its activation, and up or the product.
+        """
+        attention = 5 * self.hidden + 3 * self.kv_width
+        return max(attention, 2 * self.hidden + 3 * self.intermediate)
 
     @property
     def student_bytes(self) -> int:
@@ -62,12 +86,13 @@ def optimizer_bytes(name: str) -> int:
 
 def calibrate_peak(sizes: Sizes, values: dict[str, Any]) -> int:
     """The clip search, or block-wise reconstruction with its optimizer for one block."""
-    batch = values["batch_size"] or (8 if values["method"] == "clip" else 1)
+    is_blockwise = values["method"] == "blockwise"
+    batch = values["batch_size"] or (1 if is_blockwise else 8)
     tokens = values["num_samples"] * values["seq_len"]
-    states = 2 * tokens * sizes.hidden * sizes.compute_bytes
-    active = batch * values["seq_len"] * (BLOCK_STATES * sizes.hidden + 3 * sizes.intermediate) * FP32
+    states = 2 * tokens * sizes.hidden * sizes.compute_bytes  # what enters a block, and what leaves it
+    active = batch * values["seq_len"] * (sizes.passing + is_blockwise * sizes.kept) * sizes.compute_bytes
     block = sizes.quantized // max(1, sizes.layers)
-    training = 4 * FP32 * block if values["method"] == "blockwise" else 0
+    training = 4 * FP32 * block if is_blockwise else 0  # gradients, two moments, and the fake-quantized weights
     return sizes.base_bytes + sizes.student_bytes + states + active + training + LAYER_COPIES * FP32 * sizes.largest
 
 
@@ -79,26 +104,24 @@ def generate_peak(sizes: Sizes, values: dict[str, Any], prompt_tokens: int = 256
 
 
 def distill_peak(sizes: Sizes, values: dict[str, Any]) -> int:
-    """Teacher and student in one model, gradients, optimizer, what the backward pass needs."""
+    """Teacher and student in one model: in the loss, when logits are there, or at the end of the backward pass."""
     trained = sizes.quantized + sizes.learned
-    kept = FP32 * trained + optimizer_bytes(values["optim"]) * trained
+    held = sizes.base_bytes + sizes.student_bytes + optimizer_bytes(values["optim"]) * trained
     tokens = values["per_device_train_batch_size"] * values["max_length"]
-    per_block = tokens * (BLOCK_STATES * sizes.hidden + 3 * sizes.intermediate) * sizes.compute_bytes
-    fake_quantized = FP32 * sizes.quantized
+    block = tokens * sizes.kept * sizes.compute_bytes + sizes.compute_bytes * sizes.quantized // max(1, sizes.layers)
     if values["gradient_checkpointing"]:
-        states = sizes.layers * tokens * sizes.hidden * sizes.compute_bytes + per_block
-        fake_quantized //= max(1, sizes.layers)
+        until_backward = sizes.layers * tokens * sizes.hidden * sizes.compute_bytes
     else:
-        states = sizes.layers * per_block
-    loss = 2 * tokens * sizes.hidden * FP32 + min(TILE_BYTES, 6 * tokens * sizes.vocab * FP32)
-    transient = LAYER_COPIES * FP32 * sizes.largest
-    return sizes.base_bytes + sizes.student_bytes + kept + states + fake_quantized + loss + transient
+        until_backward = sizes.layers * block
+    logits = TILES * min(sizes.tile, tokens * sizes.vocab * FP32)
+    last_block = block + tokens * sizes.passing * sizes.compute_bytes + LAYER_COPIES * FP32 * sizes.largest
+    return held + max(until_backward + logits, FP32 * trained + last_block)
 
 
 def eval_peak(sizes: Sizes, values: dict[str, Any]) -> int:
     """Packed model and teacher side by side, a dense layer, logits of a batch."""
     tokens = values["batch_size"] * values["seq_len"]
-    logits = 2 * tokens * sizes.vocab * sizes.compute_bytes + min(TILE_BYTES, 3 * tokens * sizes.vocab * FP32)
+    logits = 2 * tokens * sizes.vocab * sizes.compute_bytes + min(CPU_TILE, 3 * tokens * sizes.vocab * FP32)
     return sizes.base_bytes + sizes.packed_bytes + logits + 2 * FP32 * sizes.largest
 
 

@@ -14,6 +14,7 @@ from bitdistiller_peft.errors import BitDistillerError, ConfigError, add_locatio
 
 COMMON = ("--config", "--json", "--dry-run", "--debug", "--help", "--help-all")
 _WIDTH, _COLUMN = 110, 38
+_POSITIONAL = "positional "
 
 
 class _Parser(argparse.ArgumentParser):
@@ -57,7 +58,7 @@ def parse(verb: Verb, argv: Sequence[str], extra: dict[str, Any] | None = None) 
     if config is not None:
         _read_file(Path(config), settings)
     settings.arguments = {option.name: option.default for option in verb.own}
-    settings.arguments |= {p.name: found.pop(p.name) for p in verb.positionals}
+    settings.arguments |= {p.name: found.pop(_POSITIONAL + p.name) for p in verb.positionals}
     for key, text in found.items():
         _set_from_command_line(settings, key, text, flags)
     return settings
@@ -77,7 +78,8 @@ def build_parser(
     )
     for positional in verb.positionals:
         more = {"nargs": positional.nargs} if positional.nargs else {}
-        parser.add_argument(positional.name, help=positional.help, metavar=positional.name.upper(), **more)  # type: ignore[arg-type]
+        place = _POSITIONAL + positional.name  # a flag may have the same name: `eval MODEL --model BASE`
+        parser.add_argument(place, help=positional.help, metavar=positional.name.upper(), **more)  # type: ignore[arg-type]
     groups: dict[str, argparse._ArgumentGroup] = {}
     for flag, (key, option) in flags.items():
         section = key.rpartition(".")[0] if key in all_keys() or "." in key else "own"

@@ -116,7 +116,7 @@ def card_header(
         more: further entries of `ModelCardData`.
     """
     name = hub_id(base)
-    relation = {"base_model": name, "base_model_relation": "quantized"} if name else {}
+    relation: dict[str, Any] = {"base_model": name, "base_model_relation": "quantized"} if name else {}
     own = ["bitdistiller", "quantized", *([f"{bits:g}-bit"] if bits else [])]
     data = ModelCardData(library_name=library, pipeline_tag=task, tags=[*own, *tags], **relation, **more)
     return data.to_yaml().strip()
@@ -177,8 +177,9 @@ def with_results(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
         return text
     card = ModelCard(text, ignore_metadata_errors=True)
     title = next((line.removeprefix("# ") for line in card.text.splitlines() if line.startswith("# ")), "model")
-    card.data.model_name = title
-    card.data.eval_results = [
+    data: Any = card.data
+    data.model_name = title
+    data.eval_results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=str(row["data"]),

@@ -70,9 +70,9 @@ class Axis:
             first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
             step = max(1, math.ceil((last - first) / 5))
             return [10.0**power for power in range(first, last + 1, step)]
-        step = _step(self.high - self.low)
-        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
-        return [round(number * step, 12) for number in range(first, last + 1)]
+        width = _step(self.high - self.low)
+        first, last = math.ceil(self.low / width - 1e-9), math.floor(self.high / width + 1e-9)
+        return [round(number * width, 12) for number in range(first, last + 1)]
 
 
 def fit_axis(values: Sequence[float], start: float, end: float, *, from_zero: bool = False) -> Axis:

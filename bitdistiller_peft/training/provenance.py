@@ -26,6 +26,10 @@ def provenance(
         "gamma": gamma,
         "teacher": None if teacher is None else teacher.description,
         "data": fingerprint_dataset(dataset),
+        "examples": len(dataset) if hasattr(dataset, "__len__") else None,
+        "epochs": args.num_train_epochs if args.max_steps <= 0 else None,
+        "steps": args.max_steps if args.max_steps > 0 else None,
+        "learning_rate": args.learning_rate,
     }
 
 

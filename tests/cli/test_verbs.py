@@ -367,7 +367,7 @@ def test_init_writes_a_file_that_run_accepts(command: Command, base: Path, files
     assert command(*arguments).code == 0
     done = command("run", "-c", path, "--dry-run", "--json")
     assert done.code == 0, done.err
-    assert done.json["stages"] == ["calibrate", "generate", "distill", "eval"]
+    assert done.json["stages"] == ["calibrate", "generate", "distill", "eval", "report"]
     written = plain(read_yaml(path))
     assert written["quant"] == {"bits": 3, "group_size": 32, "grid": "nf", "learn_zero_point": False}
     again = command(*arguments)

@@ -148,7 +148,7 @@ def test_a_latent_model_says_what_it_will_take_once_packed(bases: Path, saved: G
     model.save_pretrained(tmp_path)
     card = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert f"{quant_summary(model).bits_per_weight:.2f} bits per weight once packed" in card
-    assert "over the whole file" not in card
+    assert "file headers counted" not in card
 
 
 def test_the_printed_table_and_the_card_show_these_numbers(saved: GetSaved, capsys: pytest.CaptureFixture[str]) -> None:
@@ -168,7 +168,8 @@ def test_the_printed_table_and_the_card_show_these_numbers(saved: GetSaved, caps
     assert by_part[0].split()[:3] == ["part", "weights", "bytes"]
     assert f"{bits / 8:,.0f}" in by_part[-1]
     assert f"| total | {weights:,} | {(original.folder / WEIGHTS).stat().st_size:,} |" in card
-    assert f"Packed low-bit weights: {bits / weights:.2f} bits per weight over the whole file" in card
+    on_disk = (original.folder / WEIGHTS).stat().st_size * 8
+    assert f"{on_disk / weights:.2f} bits per weight, embeddings, scales and file headers counted." in card
     assert all(cell in card for row in rows for cell in row.split())
 
 

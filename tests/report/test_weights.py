@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from bitdistiller_peft import BitDistillerQuantConfig, quant_summary
 from bitdistiller_peft.errors import CheckpointError, UnknownNameError
@@ -54,8 +55,9 @@ def errors_of_loaded_models(base: Path, packed: Path) -> dict[str, float]:
         if isinstance(module, PackedExperts):
             continue
         assert isinstance(module, PackedLinear)
-        original = full.get_submodule(name).weight.detach().double()
-        original = original.T if original.shape != (module.out_features, module.in_features) else original
+        source = full.get_submodule(name)
+        original = source.weight.detach().double()
+        original = original.T if isinstance(source, Conv1D) else original
         difference = module.dequantize().double() - original
         found[f"{name}.{parameter}"] = float(difference.norm() / original.norm())
     return found
@@ -104,7 +106,7 @@ def test_a_histogram_counts_the_codes_and_knows_the_levels(case: str, folders: P
     assert sum(histogram.shares) == pytest.approx(1)
     width = histogram.edges[1] - histogram.edges[0]
     for level, share in zip(histogram.levels, histogram.shares, strict=True):
-        if case != "r2q":
+        if len(histogram.levels) <= 8 and case != "r2q":  # bins are finer than the distance of levels
             near = [
                 s
                 for s, at in zip(histogram.after, histogram.edges, strict=False)

@@ -18,6 +18,9 @@ def test_gamma_loss_teacher_and_data_are_packed_with_the_codes(bases: Path, tmp_
         "gamma": run.gamma,
         "teacher": "self",
         "data": fingerprint_dataset(helpers.dataset()),
+        "examples": len(helpers.dataset()),
+        "steps": run.args.max_steps,
+        "learning_rate": run.args.learning_rate,
     }
     again = PeftModel.from_pretrained(helpers.base(bases), tmp_path / "checkpoint-2")
     for model in (run.model, again):

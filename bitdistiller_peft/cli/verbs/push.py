@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 from typing import Any
 
 from bitdistiller_peft.cli import stages
 from bitdistiller_peft.cli.folder import Folder, bits_per_weight, read_folder
-from bitdistiller_peft.cli.measured import measured
+from bitdistiller_peft.cli.measured import Measured, measured
 from bitdistiller_peft.cli.output import RESULT
 from bitdistiller_peft.cli.tables import table
 from bitdistiller_peft.cli.verb import Console, Positional, Settings, Verb
@@ -56,21 +57,22 @@ def execute(settings: Settings, console: Console, source: str, repo: str) -> dic
         raise ConfigError(f"`repo` must be like user/name: got repo={repo!r}.")
     folder = read_folder(source)
     _check(folder)
-    files = sorted({file for pattern in WANTED for file in folder.path.glob(pattern) if file.is_file()})
-    sizes = {str(file.relative_to(folder.path)): file.stat().st_size for file in files}
+    results = _results(settings, folder)
+    found = sorted({file for pattern in WANTED for file in folder.path.glob(pattern) if file.is_file()})
+    files = {str(file.relative_to(folder.path)): file for file in found} | results.files
+    sizes = {name: file.stat().st_size for name, file in files.items()}
     console.say(table(("file", "bytes"), [(name, f"{size:,}") for name, size in sizes.items()]))
     state = "in training, latent" if folder.kind in ("adapter", "latent") else "packed"
     bits = bits_per_weight(folder)
-    rows = _results(settings, folder)
-    if rows:
-        figures = ", ".join(f"{row['metric']} {row['value']:.6g}" for row in rows)
+    if results.rows:
+        figures = ", ".join(f"{row['metric']} {row['value']:.6g}" for row in results.rows)
         console.say(f"\nmeasured, for the card: {figures}")
     console.say(f"\n{len(files)} files, {sum(sizes.values()):,} bytes, {bits:.3f} bits per weight, {state} -> {repo}")
     result = {"repo": repo, "folder": str(folder.path), "files": sizes, "state": state, "url": None}
     if settings.is_dry_run:
         console.say("dry run: nothing was uploaded")
         return {**result, "dry_run": True}
-    url = _upload(settings, folder, files, repo, rows)
+    url = _upload(settings, folder, repo, files, results.rows)
     console.say(f"uploaded: {url}")
     return {**result, "url": url}
 
@@ -82,26 +84,24 @@ def _check(folder: Folder) -> None:
         check_bytes(folder)
 
 
-def _results(settings: Settings, folder: Folder) -> list[dict[str, Any]]:
-    """What was measured of this very model: the folder that was named, or the evaluation of its chain."""
+def _results(settings: Settings, folder: Folder) -> Measured:
+    """What was measured of this very model: in the folder that was named, or in the evaluation of its chain."""
     source = settings["push.results"]
-    if source is None:
-        beside = folder.path.parent.parent / "eval"
-        if folder.path.name != "packed" or not (beside / RESULT).is_file():
-            return []
-        try:
+    if source is not None:
+        return measured(source, folder.path)
+    beside = folder.path.parent.parent / "eval"
+    if folder.path.name == "packed" and (beside / RESULT).is_file():
+        with contextlib.suppress(DataError):  # it may be of another model of the chain
             return measured(str(beside), folder.path)
-        except DataError:
-            return []  # of another model of the chain
-    return measured(source, folder.path)
+    return Measured()
 
 
-def _upload(settings: Settings, folder: Folder, files: list[Path], repo: str, rows: list[dict[str, Any]]) -> str:
+def _upload(settings: Settings, folder: Folder, repo: str, files: dict[str, Path], rows: list[dict[str, Any]]) -> str:
     from bitdistiller_peft.hub.upload import Destination, commit_files, open_repository
 
     to = Destination(repo, branch=settings["push.branch"], private=settings["push.private"])
     repo = open_repository(to)
-    contents: dict[str, Path | bytes] = {str(file.relative_to(folder.path)): file for file in files}
+    contents: dict[str, Path | bytes] = dict(files)
     if CARD in contents:
         contents[CARD] = _card(folder, repo, rows)
     return str(commit_files(repo, contents, to, message=settings["push.message"]).commit_url)
