@@ -22,6 +22,8 @@ MIN_LOOP_TOKENS = 12
 """A loop is at least this long ..."""
 MIN_REPEATS = 4
 """... and says the same thing at least this many times."""
+MIN_REPEATS_AT_THE_END = 3
+"""Fewer will do for a loop that goes on until the text is cut off."""
 MAX_PERIOD = 256
 """Longer runs of tokens are not looked at."""
 MIN_SIGNS, MIN_LETTERS = 4, 8
@@ -62,7 +64,8 @@ def detect_collapse(ids: Sequence[int], text: str, *, is_finished: bool = True) 
     - ``"repeated character"``: one sign at least 4 times in a row (``!!!!``), or one letter or digit at least 8 times,
       and that is half of the text, white space left out. (Code 0 is ``!`` in many vocabularies, so this is what NaN
       and zeroed logits look like.)
-    - ``"loop"``: tokens that repeat with some period, at least 4 times over and 12 tokens long, anywhere in the text.
+    - ``"loop"``: tokens that repeat with some period, at least 4 times over and 12 tokens long, anywhere in the text; 3
+      times will do where the text was cut off within the loop.
     - ``"unfinished"``: none of that, but cut off before the end-of-text token came. That is no collapse in itself;
       where the teacher ends and the student does not, the student has lost its end.
 
@@ -87,36 +90,39 @@ def detect_collapse(ids: Sequence[int], text: str, *, is_finished: bool = True) 
         return Collapse(EMPTY, detail=f"{len(ids)} tokens without text")
     return (
         _repeated_character("".join(text.split()))
-        or find_loop(ids)
+        or find_loop(ids, is_cut_off=not is_finished)
         or (Collapse(HEALTHY) if is_finished else Collapse(UNFINISHED, detail=f"no end within {len(ids)} tokens"))
     )
 
 
-def find_loop(ids: Sequence[int]) -> Collapse | None:
-    """The loop with the shortest period, or `None`.
+def find_loop(ids: Sequence[int], *, is_cut_off: bool = False) -> Collapse | None:
+    """The loop with the shortest period, the longest of several, or `None`.
 
     Args:
         ids: token ids.
+        is_cut_off: whether the text went on behind the last token.
     """
-    for period in range(1, min(len(ids) // MIN_REPEATS, MAX_PERIOD) + 1):
-        start, length = _longest_run([now == before for now, before in zip(ids[period:], ids, strict=False)])
-        covered = length + period
-        if length and covered >= max(MIN_LOOP_TOKENS, MIN_REPEATS * period):
-            repeats = covered / period
-            detail = f"{period} {'token' if period == 1 else 'tokens'} {repeats:.3g} times, from token {start} on"
-            return Collapse(LOOP, period, start, repeats, detail)
+    least = MIN_REPEATS_AT_THE_END if is_cut_off else MIN_REPEATS
+    for period in range(1, min(len(ids) // least, MAX_PERIOD) + 1):
+        runs = _runs([now == before for now, before in zip(ids[period:], ids, strict=False)])
+        for start, length in sorted(runs, key=lambda run: -run[1]):
+            covered = length + period
+            is_last = start + covered == len(ids)
+            if covered >= max(MIN_LOOP_TOKENS, (least if is_last else MIN_REPEATS) * period):
+                repeats = covered / period
+                detail = f"{period} {'token' if period == 1 else 'tokens'} {repeats:.3g} times, from token {start} on"
+                return Collapse(LOOP, period, start, repeats, detail)
     return None
 
 
-def _longest_run(matches: Sequence[bool]) -> tuple[int, int]:
-    """Start and length of the longest run of true values, the first one if there are several."""
-    best, at = (0, 0), 0
+def _runs(matches: Sequence[bool]) -> list[tuple[int, int]]:
+    """Start and length of every run of true values."""
+    found, at = [], 0
     for is_match, run in groupby(matches):
         length = sum(1 for _ in run)
-        if is_match and length > best[1]:
-            best = (at, length)
+        found += [(at, length)] if is_match else []
         at += length
-    return best
+    return found
 
 
 def _repeated_character(text: str) -> Collapse | None:

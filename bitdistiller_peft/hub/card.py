@@ -51,6 +51,7 @@ loading verifies them.
 
 _WORDS = {
     "base_model": "base model",
+    "calibration_data": "calibration data (SHA-256 of its tokens)",
     "data": "training data (SHA-256 of its tokens)",
     "grid": "grid",
     "group_size": "weights per scale",
@@ -159,8 +160,8 @@ def limits(values: Mapping[str, Any]) -> str:
         "Only bitdistiller_peft reads this format; `bitdistiller export` writes others.",
     ]
     provenance = values.get("provenance", {})
-    if "loss" not in provenance and "imported_from" not in provenance and values.get("bits", 16) <= 3:
-        lines.insert(0, "**Not trained after it was quantized.** At 2 or 3 bits such a model is often unusable.")
+    if not {"loss", "calibration", "imported_from"} & set(provenance) and values.get("bits", 16) <= 3:
+        lines.insert(0, "**Neither calibrated nor trained.** At 2 or 3 bits such a model is as a rule unusable.")
     return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
 
 

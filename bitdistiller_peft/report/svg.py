@@ -14,7 +14,7 @@ from bitdistiller_peft.report.axes import Axis, fit_axis, short
 from bitdistiller_peft.report.escape import html_text
 
 WIDTH, HEIGHT = 420.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM = 52.0, 12.0, 14.0, 40.0
+LEFT, RIGHT, TOP, BOTTOM = 60.0, 12.0, 14.0, 40.0
 _MARKED = 40
 """Up to so many points are marked one by one."""
 
@@ -219,8 +219,8 @@ def _frame(across: Axis, up: Axis, x_name: str, y_name: str) -> list[str]:
 
 def _legend(number: int, name: str, room: float) -> list[str]:
     x = LEFT + number * room
-    line = f'<line class="line s{number}" x1="{x:.2f}" x2="{x + 18:.2f}" y1="12" y2="12"/>'
-    return [line, text(x + 22, 16, name, kind="tick")]
+    line = f'<line class="line s{number}" x1="{x:.2f}" x2="{x + 14:.2f}" y1="12" y2="12"/>'
+    return [line, text(x + 17, 16, name, kind="tick")]
 
 
 def _apart(low: float, high: float) -> tuple[float, float]:

@@ -14,6 +14,7 @@ from bitdistiller_peft.cli.parse import parse
 from bitdistiller_peft.cli.schema import SECTIONS
 from bitdistiller_peft.cli.verbs.calibrate import VERB as CALIBRATE
 from bitdistiller_peft.cli.verbs.distill import VERB as DISTILL
+from bitdistiller_peft.cli.verbs.eval import VERB as EVAL
 from bitdistiller_peft.cli.verbs.run import VERB as RUN
 from bitdistiller_peft.cli.yamlfile import dump_yaml, parse_value, parse_yaml, plain
 from bitdistiller_peft.errors import ConfigError
@@ -182,6 +183,12 @@ def test_defaults_that_are_declared_are_those_of_the_library() -> None:
         for option in SECTIONS[section].options:
             if option.name in known and known[option.name] is not inspect.Parameter.empty:
                 assert option.default == known[option.name], option.name
+
+
+def test_a_flag_does_not_take_the_place_of_an_argument_of_the_same_name() -> None:
+    found = parse(EVAL, ["out/packed", "--model", "base"])
+    assert (found.arguments["model"], found["model"]) == ("out/packed", "base")
+    assert parse(EVAL, ["--model", "base"]).arguments["model"] is None
 
 
 def test_the_clip_search_has_its_own_flags() -> None:

@@ -80,6 +80,17 @@ def test_loops_are_those_of_the_definition(ids: list[int]) -> None:
         assert all(ids[at] == ids[at - found.period] for at in range(found.start + found.period, end))
 
 
+def test_a_loop_that_goes_on_until_the_text_is_cut_off_needs_three_rounds() -> None:
+    ids = [1, 2, *[9, 8, 7, 6, 5] * 3, 9]
+    assert find_loop(ids) is None
+    found = find_loop(ids, is_cut_off=True)
+    assert found is not None
+    assert (found.period, found.start, found.repeats) == (5, 2, 3.2)
+    assert find_loop([*ids, 3, 4], is_cut_off=True) is None, "it has come out of it"
+    assert detect_collapse(ids, SENTENCE).kind == "healthy"
+    assert detect_collapse(ids, SENTENCE, is_finished=False).kind == "loop"
+
+
 def test_a_loop_in_words_says_where_it_begins() -> None:
     found = detect_collapse([1, 2, *[3, 4] * 8], "a b " + "c d " * 8, is_finished=False)
     assert (found.kind, found.is_collapsed) == ("loop", True)

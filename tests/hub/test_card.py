@@ -45,7 +45,7 @@ def test_the_metadata_of_a_packed_model(bases: Path, tmp_path: Path) -> None:
     for row in ("| loss | cakld |", "| gamma | 0.25 |", "| teacher | self |", "(SHA-256 of its tokens) | 0123abc |"):
         assert row in text
     assert "`team/base`, quantized with bitdistiller_peft: 2 bits, grid `int`, 32 weights per scale; packed." in text
-    assert "Not trained" not in text
+    assert "Neither calibrated" not in text
 
 
 def test_the_size_is_that_of_the_files_and_every_bit_counts(saved: GetSaved) -> None:
@@ -57,7 +57,7 @@ def test_the_size_is_that_of_the_files_and_every_bit_counts(saved: GetSaved) -> 
         f"{size:,} bytes in 1 file: {8 * size / weights:.2f} bits per weight, embeddings, scales and file headers"
     )
     assert expected in text
-    assert "**Not trained after it was quantized.**" in text
+    assert "**Neither calibrated nor trained.**" in text
 
 
 def test_an_adapter_gets_our_card_in_place_of_a_form_with_local_paths(bases: Path, tmp_path: Path) -> None:
