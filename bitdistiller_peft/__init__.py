@@ -13,6 +13,7 @@ from bitdistiller_peft._version import library_version
 
 if TYPE_CHECKING:
     from bitdistiller_peft.calibration import CalibrationResult as CalibrationResult
+    from bitdistiller_peft.calibration import allocate_bits as allocate_bits
     from bitdistiller_peft.calibration import calibrate as calibrate
     from bitdistiller_peft.calibration import fit_subln as fit_subln
     from bitdistiller_peft.evaluation import compare_results as compare_results
@@ -46,6 +47,7 @@ _HOMES = {
     "CalibrationResult": "calibration",
     "DistillConfig": "training",
     "DistillTrainer": "training",
+    "allocate_bits": "calibration",
     "calibrate": "calibration",
     "compare_results": "evaluation",
     "detect_collapse": "evaluation",

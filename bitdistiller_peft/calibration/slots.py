@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -240,6 +240,11 @@ class Display:
         """Present `weight` in place of the slot's fake-quantized one."""
         self._shown[id(slot.student)] = slot.student
         slot.student.__dict__["forward"] = lambda: weight
+
+    def hide(self, slots: Iterable[Slot]) -> None:
+        """Let some students speak for themselves again."""
+        for slot in slots:
+            self._shown.pop(id(slot.student), slot.student).__dict__.pop("forward", None)
 
     def clear(self) -> None:
         """Let all students speak for themselves again."""
