@@ -91,7 +91,7 @@ audit: venv
 # The site, into site/: nothing is fetched when it is built or read.
 docs: venv
 	$(BIN)/python -m pip install --quiet --constraint .venv/constraints.txt --editable ".[docs]"
-	$(OFFLINE) NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	$(OFFLINE) $(BIN)/mkdocs build --strict
 
 demo: venv
 	$(BIN)/python examples/demo.py

@@ -31,7 +31,7 @@ OK, FAILED, USAGE, CHECKPOINT, WOULD_NOT_FIT, INTERRUPTED = 0, 1, 2, 3, 4, 130
 
 VERBS = {
     "init": "write a commented YAML file for the whole chain",
-    "estimate": "memory, disk and size before anything is run",
+    "estimate": "memory, time, disk and size before anything is run",
     "run": "the whole chain from one YAML file; goes on where it stopped",
     "calibrate": "fit a student to a calibration text",
     "generate": "let the teacher write training data",

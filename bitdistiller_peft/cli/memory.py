@@ -103,6 +103,22 @@ def generate_peak(sizes: Sizes, values: dict[str, Any], prompt_tokens: int = 256
     return sizes.base_bytes + cache + values["batch_size"] * sizes.vocab * FP32 * 4
 
 
+def cache_peak(sizes: Sizes, values: dict[str, Any]) -> int:
+    """The teacher over a batch of documents, and a tile of its logits where its likeliest tokens are kept."""
+    tokens = values["batch_size"] * values["max_length"]
+    logits = 2 * min(CPU_TILE, tokens * sizes.vocab * FP32) if values["kind"] == "topk" else 0
+    return sizes.base_bytes + tokens * (sizes.passing + sizes.hidden) * sizes.compute_bytes + logits
+
+
+def cache_bytes_per_token(sizes: Sizes, values: dict[str, Any]) -> int:
+    """What a token takes in the teacher cache."""
+    from bitdistiller_peft.training.cache_store import CacheLayout
+
+    if values["kind"] == "topk":
+        return CacheLayout("topk", values["stored_dtype"] or "float16", values["k"], sizes.vocab).bytes_per_token
+    return CacheLayout("hidden", values["stored_dtype"] or "bfloat16", sizes.hidden, sizes.vocab).bytes_per_token
+
+
 def distill_peak(sizes: Sizes, values: dict[str, Any]) -> int:
     """Teacher and student in one model: in the loss, when logits are there, or at the end of the backward pass."""
     trained = sizes.quantized + sizes.learned

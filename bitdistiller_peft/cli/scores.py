@@ -73,7 +73,7 @@ def task_table(rows: Sequence[dict[str, Any]], *, as_markdown: bool = False) -> 
 
 
 def save_eval_results(folder: Path, results: Sequence[Any]) -> None:
-    """Write ``.eval_results`` of the one quantized model among results; of several, nobody could tell whose they are."""
+    """Write ``.eval_results`` of the one quantized model among results; of several, whose they are would be open."""
     quantized = [result for result in results if result is not None and result.state != "full_precision"]
     if len(quantized) == 1:
         quantized[0].save_eval_results(folder)

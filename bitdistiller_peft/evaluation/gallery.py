@@ -198,8 +198,7 @@ def _answer(model: Any, tokenizer: Any, ids: list[int], max_new_tokens: int) -> 
         output = base.generate(input_ids=row, attention_mask=torch.ones_like(row), generation_config=config)
     made, is_finished = cut_at_stop(output[0, len(ids) :].tolist(), stop_ids)
     text = tokenizer.decode(made, skip_special_tokens=True)
-    spoken = made[:-1] if is_finished else made
-    return Generation(text, len(made), is_finished, detect_collapse(spoken, text, is_finished=is_finished))
+    return Generation(text, len(made), is_finished, detect_collapse(made, text, is_finished=is_finished))
 
 
 def _encode(tokenizer: Any, text: str, has_template: bool) -> list[int]:

@@ -78,8 +78,8 @@ def _leaves(index: dict[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """Single tasks under names of tasks, groups and tags; `None` for a name that is not there."""
     found: dict[str, Any] = {}
     for name in names:
-        entry = index.get(name)
-        match getattr(entry, "kind", None) and entry.kind.name:
+        entry: Any = index.get(name)
+        match None if entry is None else entry.kind.name:
             case "GROUP":
                 found |= _leaves(index, [_member(member) for member in entry.cfg["task"]])
             case "TAG":

@@ -132,8 +132,8 @@ def _run(model: nn.Module, tokenizer: Any, specs: list[str], batch_size: int, gi
     except (DatasetsError, OSError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise DataError(
-            f"the data of `tasks` must be readable, with the splits and columns that the tasks name: {reason}. Offline, "
-            "give local files with `data_folder`, or task files of your own with `task_folder`."
+            f"the data of `tasks` must be readable, with the splits and columns that the tasks name: {reason}. "
+            "Offline, give local files with `data_folder`, or task files of your own with `task_folder`."
         ) from error
     return results
 

@@ -16,7 +16,7 @@ from bitdistiller_peft.hub.files import weight_files
 from bitdistiller_peft.hub.header import MAX_JSON, read_json
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME
 
-STAGES = ("calibrate", "generate", "distill", "eval", "export")
+STAGES = ("calibrate", "generate", "cache", "distill", "eval", "export")
 RESULT, SETTINGS, COSTS = "result.json", "resolved.yaml", "costs.json"
 METRICS, STATE, DOCTOR = "metrics.jsonl", "trainer_state.json", "doctor.json"
 _COMMAND = re.compile(r"# bitdistiller ([a-z-]+),")

@@ -43,6 +43,7 @@ def test_the_demo_shows_every_step_and_a_table(command: Command, tmp_path: Path)
     assert (other.code, "quick was 'True', is 'False'" in other.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_the_demo_takes_a_model_of_yours(command: Command, base: Path, tmp_path: Path) -> None:
     done = command("demo", "--quick", "--model", base, "--device", "cpu", "--output", tmp_path / "demo", "--json")
     assert done.code == 0, done.err

@@ -337,7 +337,7 @@ def test_push_keeps_the_card_of_the_repository_and_never_uploads_damage(
 def test_estimate_knows_the_size_of_what_will_be_packed(
     command: Command, base: Path, packed: Path, files: Path
 ) -> None:
-    arguments = ["estimate", "--model", base, "--quant.group-size", "32", "--device", "cpu"]
+    arguments = ["estimate", "--model", base, "--quant.group-size", "32", "--device", "cpu", "--no-probe"]
     found = command(*arguments, "--json").json
     truth = command("inspect", packed, "--json").json
     assert found["packed_bytes"] == truth["bytes"]
@@ -349,7 +349,8 @@ def test_estimate_knows_the_size_of_what_will_be_packed(
 def test_estimate_refuses_what_cannot_fit_and_names_the_setting_that_would(
     command: Command, base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    arguments = ["estimate", "--model", base, "--quant.group-size", "32", "--distill.gradient-checkpointing", "false"]
+    arguments = ["estimate", "--model", base, "--quant.group-size", "32", "--no-probe"]
+    arguments += ["--distill.gradient-checkpointing", "false"]
     peaks = command(*arguments, "--json").json["peak_bytes"]
     monkeypatch.setattr(estimate, "_capacity", lambda settings: ("memory", peaks["distill"] - 1))
     done = command(*arguments)
@@ -391,6 +392,8 @@ def test_the_chain_runs_and_a_second_call_does_nothing_again(
     assert [row["model"] for row in rows] == [str(base), str(packed)]
     assert all(math.isfinite(row["perplexity"]["perplexity"]) for row in rows)
     assert rows[1]["divergence"]["mean_kl_nats"] > 0
+    assert done.json["stages"]["distill"]["findings"] == []
+    assert (output / "distill" / "trainer" / "doctor.json").is_file()
     assert command("verify", packed).code == 0
     for stage in ("calibrate", "generate", "distill", "eval"):
         assert (output / stage / "resolved.yaml").is_file()

@@ -1,4 +1,4 @@
-"""Paired differences: the mean is exact, the interval holds it, a shift is found, and only like is compared with like."""
+"""Paired differences: the mean is exact, the interval holds it, a shift is found, like is compared with like."""
 
 from __future__ import annotations
 

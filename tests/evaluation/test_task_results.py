@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def test_samples_are_kept_where_the_score_is_their_mean(
     assert mean_samples(values, value) == expected
 
 
-@pytest.mark.skipif(importlib.util.find_spec("lm_eval") is not None, reason="lm-evaluation-harness is installed")
-def test_without_the_harness_the_extra_is_named() -> None:
+def test_without_the_harness_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitdistiller_peft.evaluation.tasks.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"bitdistiller_peft\[eval\]"):
         evaluate_tasks(None, None, "gsm8k")  # type: ignore[arg-type]

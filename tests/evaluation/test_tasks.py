@@ -93,7 +93,7 @@ def test_a_score_is_that_of_log_likelihoods_by_hand(
         assert score.value == pytest.approx(np.mean(score.samples))
         assert score.stderr == pytest.approx(np.std(score.samples, ddof=1) / len(score.samples) ** 0.5)
     assert (accuracy.num_samples, accuracy.is_whole, accuracy.higher_is_better) == (len(QUESTIONS), True, True)
-    assert accuracy.samples != normalized.samples or 0 < accuracy.value < 1  # the model has an opinion
+    assert 0 < accuracy.value < 1  # the model has an opinion
 
 
 def test_a_student_scores_as_what_it_packs_and_both_are_left_as_they_were(
@@ -108,7 +108,8 @@ def test_a_student_scores_as_what_it_packs_and_both_are_left_as_they_were(
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     latent = evaluate_tasks(student, fast, ["choice"], task_folder=tasks)
     assert (random.random(), np.random.rand(), torch.rand(1).item()) == drawn
-    assert student.training and fast.pad_token is None
+    assert student.training
+    assert fast.pad_token is None
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
     packed = student.eval().pack_and_unload()
     with use_backend("reference"):

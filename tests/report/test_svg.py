@@ -118,6 +118,23 @@ def test_a_histogram_has_the_heights_of_its_shares_and_a_line_at_each_level() ->
     assert "before: not known" in [e.text for e in alone.all("text")]
 
 
+@pytest.mark.parametrize("name", ['" onload="alert(1)', "' onload='alert(1)", "<script>", "&quot;"])
+def test_a_hostile_name_leaves_neither_its_text_nor_its_attribute(name: str) -> None:
+    bars = Bars((0.0, 1.0), (1.0,))
+    drawings = (
+        heat_map(name, [name], [name], {(0, 0): 0.5}),
+        line_chart(name, [Series(name, (1.0, 2.0), (1.0, 2.0))], x_name=name, y_name=name),
+        two_histograms(name, bars, bars, [0.5], name),
+        divided_bar(name, [(name, 1.0)]),
+    )
+    for drawing in drawings:
+        (svg,) = parse(drawing).all("svg")
+        assert set(svg.attributes) == {"class", "viewbox", "role", "aria-label"}
+        assert svg.attributes["aria-label"].startswith(f"{name}. ")
+        assert svg.all("title")[0].text == name
+        assert all(element.tag != "script" for element in svg.all())
+
+
 def test_a_divided_bar_has_the_widths_of_its_parts() -> None:
     parts = [("codes", 60.0), ("scales", 30.0), ("<x>", 10.0)]
     svg = parse(divided_bar("t", parts))

@@ -103,7 +103,9 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def _report(trainer: Any, folder: Path, console: Console) -> dict[str, Any]:
-    """Keep what was logged, and show its end."""
+    """Keep what was logged, show its end, and say what the training doctor finds there."""
+    from bitdistiller_peft.training import diagnose
+
     history = trainer.state.log_history
     lines = "".join(json.dumps(entry) + "\n" for entry in history)
     output.write_atomically(folder / "metrics.jsonl", lines)
@@ -111,7 +113,11 @@ def _report(trainer: Any, folder: Path, console: Console) -> dict[str, Any]:
     last = entries[-1] if entries else {}
     shown = [f"{key} {last[key]:.4g}" for key in ("loss", "forward_kl", "reverse_kl", "agreement") if key in last]
     console.say(f"{trainer.state.global_step} steps{': ' if shown else ''}{', '.join(shown)}")
-    return {"steps": trainer.state.global_step, "gamma": trainer.gamma, "last": last}
+    findings = diagnose(history, trainer.model)
+    for finding in findings:
+        console.say(finding)
+    found = [finding.to_dict() for finding in findings]
+    return {"steps": trainer.state.global_step, "gamma": trainer.gamma, "last": last, "findings": found}
 
 
 VERB = Verb(

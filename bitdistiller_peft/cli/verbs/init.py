@@ -52,6 +52,7 @@ distill:                  # 3. training; every setting of DistillConfig and TRL'
   save_steps: 50          # a stopped run goes on from the last checkpoint
   logging_steps: 10
   report_to: none         # or trackio, wandb, tensorboard
+  # teacher: cached       # the teacher speaks once, to disk: for many passes, or little memory
 
 eval:                     # 4. full precision and packed, side by side, and the divergence between them
   text: [{texts}]

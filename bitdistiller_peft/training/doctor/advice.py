@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from bitdistiller_peft.layers import SUFFIXES
 from bitdistiller_peft.training.checks import smallest_learning_rate
 from bitdistiller_peft.training.metrics import trained_weights
 
@@ -195,7 +196,7 @@ def _no_flips(entries: Sequence[Entry], model: nn.Module | None) -> Finding | No
     last = _last(_at_full_speed(entries), NO_FLIPS_LOOKS, "flip_rate")
     if len(last) < NO_FLIPS_LOOKS or max(entry["flip_rate"] for entry in last) > NO_FLIPS or not _rate(last):
         return None
-    if model is not None and not any(getattr(holder, name).requires_grad for holder, name, _ in trained_weights(model)):
+    if model is not None and not _trains_weights(model):
         return None  # scales alone are trained
     return Finding(
         "no_flips",
@@ -204,6 +205,12 @@ def _no_flips(entries: Sequence[Entry], model: nn.Module | None) -> Finding | No
         "reach the next level, and only scales learn.",
         f"Raise learning_rate{_to(max(10 * _rate(last), 1e-5))}; short runs on small models want about 1e-4.",
     )
+
+
+def _trains_weights(model: nn.Module) -> bool:
+    """Whether a weight is trained, or a low-rank update of it, and not only scales and zero points."""
+    named = (entry for holder, _, _ in trained_weights(model) for entry in holder.named_parameters(recurse=False))
+    return any(tensor.requires_grad and not name.endswith(SUFFIXES) for name, tensor in named)
 
 
 _CHECKS: tuple[Callable[[Sequence[Entry], nn.Module | None], Finding | None], ...] = (

@@ -59,9 +59,15 @@ class Doctor(TrainerCallback):
         """Look at the weights; what there is to log."""
         return {} if self._probes is None else self._probes.look()
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note which process writes."""
+        self._is_main = state.is_world_process_zero
+
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Speak of what is found for the first time."""
-        self._is_main, self._step = state.is_world_process_zero, state.global_step
+        self._step = state.global_step
         if self._probes is None or "loss" not in (kwargs.get("logs") or {}):
             return
         for finding in diagnose(state.log_history, self._model):

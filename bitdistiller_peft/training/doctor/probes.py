@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from bitdistiller_peft.layers import SCALE, SCALE_NEGATIVE, companion, packed_params
+from bitdistiller_peft.layers import SCALE, SCALE_NEGATIVE, companion, latent_weight, packed_params
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, get_quantizer, store_learned_params, to_groups
 from bitdistiller_peft.training.metrics import trained_weights
 
@@ -105,7 +105,7 @@ class Probe:
 
     def _now(self) -> tuple[Tensor, QuantParams]:
         """Groups ``[rows, groups, group]`` in fp32, and the parameters in force ``[rows, groups]``."""
-        weight, spec = getattr(self._module, self._name), self._spec
+        weight, spec = latent_weight(self._module, self._name), self._spec
         groups = to_groups(self._cut(weight).float(), spec.group_size)
         if companion(self._module, self._name, SCALE) is not None:
             learned = (None if p is None else self._cut(p) for p in packed_params(self._module, self._name))

@@ -189,6 +189,12 @@ def test_noise_between_batches_is_no_rise() -> None:
     assert found(log(loss=[1e-9] * 6 + [1e-8] * 6)) == [], "both are nothing"
 
 
+@pytest.mark.parametrize(("trainable", "expected"), [("all", 1), ("lora", 1), ("quantization", 0)])
+def test_codes_are_expected_to_flip_where_weights_are_trained(bases: Path, trainable: str, expected: int) -> None:
+    model = helpers.student(bases, trainable=trainable)
+    assert len(diagnose(log(flip_rate=0.0), model)) == expected
+
+
 def test_advice_names_values_that_work() -> None:
     (finding,) = diagnose(log(oscillation=0.5, learning_rate=4e-4))
     assert "learning_rate to 0.0001" in finding.advice

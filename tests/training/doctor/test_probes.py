@@ -161,6 +161,19 @@ def test_every_grid_can_be_looked_at_and_codes_are_those_that_are_packed(name: s
         assert torch.equal(probe._codes.reshape(codes.shape), codes)
 
 
+def test_a_low_rank_update_is_looked_at_where_it_is_rounded(bases: Path) -> None:
+    model = helpers.student(bases, trainable="lora", lora_rank=2)
+    probes = Probes(model)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B"):
+            parameter.data.normal_(std=0.02, generator=generator)
+    assert probes.look()["clamped"] > 0, "weights have moved"
+    for probe, (module, parameter, _) in zip(probes._probes.values(), trained_weights(model), strict=True):
+        codes = quantized(module, parameter)[0]
+        assert torch.equal(probe._codes.reshape(codes.shape), codes)
+
+
 @pytest.mark.parametrize("name", ["mixtral", "gpt2"])
 def test_experts_and_transposed_layers_are_looked_at(name: str, bases: Path) -> None:
     found = Probes(helpers.student(bases, name=name))
