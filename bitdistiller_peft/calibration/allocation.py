@@ -126,7 +126,7 @@ def allocate_bits(
             try:
                 specs[bits] = _measure(student, batches, wanted, found, bits, show_progress)
             finally:
-                student.unload()  # type: ignore[operator]
+                student.unload()
     problem = _Problem(model, config, widths, specs, found)
     bits_of = problem.solve(limit)
     if bits_of is None:
