@@ -181,7 +181,8 @@ def test_lm_evals_own_tasks_read_local_files_and_an_unknown_name_has_a_near_one(
     (tmp_path / "sst2").mkdir()
     rows = [{"sentence": "a charming journey .", "label": 1}, {"sentence": "bleak and desperate", "label": 0}]
     text = "\n".join(json.dumps(row) for row in rows)
-    (tmp_path / "sst2" / "validation.jsonl").write_text(text, encoding="utf-8")
+    for split in ("train", "validation"):  # the task names both
+        (tmp_path / "sst2" / f"{split}.jsonl").write_text(text, encoding="utf-8")
     (score,) = evaluate_tasks(model, tokenizer, "sst2", data_folder=tmp_path).scores
     assert (score.task, score.metric, score.num_samples, score.dataset) == ("sst2", "acc", 2, None)
     with pytest.raises(ConfigError, match="Did you mean 'gsm8k'"):
