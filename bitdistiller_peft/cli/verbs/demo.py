@@ -50,7 +50,7 @@ distill:
   logging_steps: 10
   save_steps: 1000
 eval: {{text: [{text}], seq_len: 128, max_chunks: {chunks}}}
-run: {{stages: [calibrate, generate, distill, eval]}}
+run: {{stages: [calibrate, generate, distill, eval, report]}}
 """
 
 
