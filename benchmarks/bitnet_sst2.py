@@ -8,7 +8,7 @@ by the seeds; a seed decides a student's rows and their order. Per seed, on the 
     sft             ternary weights and int8 activations, no SubLN; cross-entropy alone ("BitNet-SFT" of the paper)
     sft_pretrained  after stages 1 and 2, cross-entropy alone: what SubLN and plain text give
     bitdistill      after stages 1 and 2, cross-entropy, logits and attention relations
-    distill_only    after stage 1 alone, the same loss (with --without-pretraining)
+    distill_only    after stage 1 alone, the same loss (with --students distill_only)
 
 Every row is written when it ends; teacher, stage 2 (also on its way) and the distilled models are kept in the work
 folder, so a run that was stopped goes on when it is started again.
@@ -169,7 +169,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--name", default=NAME, help="of the file of results, for a second model")
     parser.add_argument("--reduction", default="code", help="attention_reduction: 'paper' or 'code'")
     parser.add_argument("--gains-at-one", action="store_true", help="of SubLN norms, as published, not from the text")
-    parser.add_argument("--without-pretraining", action="store_true", help="also the row distill_only")
+    parser.add_argument("--students", nargs="+", choices=STUDENTS, default=STUDENTS[:3], help="rows to measure")
     for name, value in {**COUNTS, **RATES}.items():
         parser.add_argument(f"--{name}", type=type(value), default=value)
     return parser.parse_args()
@@ -181,11 +181,9 @@ def main() -> None:
     experiment = Experiment(options)
     experiment.teacher()
     for seed in range(options.seeds):
-        for name in STUDENTS[:3]:
+        for name in options.students:
             experiment.row(name, seed)
-    if options.without_pretraining:
-        for seed in range(options.seeds):
-            experiment.row("distill_only", seed)
+    write_results(options.name, experiment.results, figures(experiment.results, options))
     print(table(experiment.results))
 
 

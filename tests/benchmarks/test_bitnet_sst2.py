@@ -56,6 +56,7 @@ def test_rows_are_trained_once_and_a_stopped_run_goes_on(folder: Path, monkeypat
     again = run(folder, monkeypatch, "--seeds=1")["rows"]
     assert again[:-1] == kept
     assert again[-1]["name"] == "sft"
+    assert run(folder, monkeypatch, "--seeds=1", "--students", "sft")["rows"] == again
     assert shared == [path.stat().st_mtime_ns for path in sorted((folder / "work" / "stage-2").iterdir())]
 
 
