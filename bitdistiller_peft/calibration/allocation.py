@@ -10,7 +10,6 @@ makes up for part of each; the size is not: it is what `save_pretrained` writes.
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from bitdistiller_peft.calibration.texts import batches_of, check_length, token_
 from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.hub.file_size import check_no_experts, packed_file_bytes
 from bitdistiller_peft.hub.modules import weight_shape
-from bitdistiller_peft.layers import packed_layout
+from bitdistiller_peft.layers import packed_bytes
 from bitdistiller_peft.losses import forward_kl
 from bitdistiller_peft.quantizers import QuantSpec
 from bitdistiller_peft.tuner import BitDistillerConfig, borrowed, get_bitdistiller_model
@@ -171,13 +170,8 @@ class _Problem:
         return None
 
     def _group_bytes(self, group: str, bits: int) -> int:
-        return sum(
-            math.prod(shape) * dtype.itemsize
-            for name in group.split(",")
-            for shape, dtype in packed_layout(
-                self.specs[bits][name], weight_shape(self.model.get_submodule(name))
-            ).values()
-        )
+        shapes = {name: weight_shape(self.model.get_submodule(name)) for name in group.split(",")}
+        return sum(packed_bytes(self.specs[bits][name], shape) for name, shape in shapes.items())
 
 
 def _checked(choices: Sequence[int], config: BitDistillerConfig) -> list[int]:

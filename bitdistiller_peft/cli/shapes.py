@@ -25,6 +25,7 @@ def measure(settings: Settings) -> Sizes:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    from bitdistiller_peft.layers import packed_bytes
     from bitdistiller_peft.tuner import BitDistillerConfig
 
     quant = BitDistillerConfig(**{key: value for key, value in settings.section("quant").items() if value is not None})
@@ -37,7 +38,7 @@ def measure(settings: Settings) -> Sizes:
         model = AutoModelForCausalLM.from_config(config)
     width = _element_size(config, settings["dtype"])
     shapes = _targets(model, quant)
-    packed = sum(_packed_bytes(spec, shape) for _, shape, spec in shapes)
+    packed = sum(packed_bytes(spec, shape) for _, shape, spec in shapes)
     quantized = sum(math.prod(shape) for _, shape, _ in shapes)
     weights = sum(parameter.numel() for parameter in model.parameters())
     return Sizes(
@@ -76,12 +77,6 @@ def _targets(model: Any, quant: Any) -> list[tuple[str, tuple[int, ...], Any]]:
     if not found:
         raise ConfigError(f"`quant.target_modules` must match a layer: got {quant.target_modules!r}. Use 'all-linear'.")
     return found
-
-
-def _packed_bytes(spec: Any, shape: tuple[int, ...]) -> int:
-    from bitdistiller_peft.layers import packed_layout
-
-    return sum(math.prod(size) * dtype.itemsize for size, dtype in packed_layout(spec, shape).values())
 
 
 def _learned(quant: Any, shapes: list[tuple[str, tuple[int, ...], Any]]) -> int:

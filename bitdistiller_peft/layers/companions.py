@@ -7,6 +7,7 @@ packing, checkpoints and summaries all go through these functions, so the naming
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -170,6 +171,11 @@ def packed_layout(
         else:
             layout[suffix] = ((*param_rows, groups), spec.scale_dtype)
     return layout
+
+
+def packed_bytes(spec: QuantSpec, weight_shape: torch.Size | tuple[int, ...]) -> int:
+    """The bytes that all stored tensors of a weight ``[..., out, in]`` take together."""
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in packed_layout(spec, weight_shape).values())
 
 
 def register_packed(module: nn.Module, name: str, spec: QuantSpec, tensors: dict[str, Tensor]) -> None:

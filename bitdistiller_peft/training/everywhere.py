@@ -14,7 +14,7 @@ import torch
 from bitdistiller_peft.losses import IGNORE_INDEX
 from bitdistiller_peft.training.forward import Everywhere
 from bitdistiller_peft.training.released import released_targets
-from bitdistiller_peft.training.teachers import labels_of, num_tokens
+from bitdistiller_peft.training.teachers import labels_of, num_targets, num_tokens
 
 ALL, TARGETS = "all", "targets"
 
@@ -69,6 +69,5 @@ class EveryToken:
         ids, labels = inputs["input_ids"], labels_of(inputs)
         mask = inputs.get("attention_mask")
         known = ids if mask is None or mask.ndim != 2 else torch.where(mask.bool(), ids, IGNORE_INDEX)
-        targets = int((labels[..., 1:] != IGNORE_INDEX).sum())
-        share = targets / max(1, num_tokens(inputs)) if is_whole else self._share
+        share = num_targets(labels) / max(1, num_tokens(inputs)) if is_whole else self._share
         return Everywhere(released_targets(known), share)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.losses import IGNORE_INDEX
 from bitdistiller_peft.training.forward import HiddenStates, SparseStates, add_distill_forward, base_model_of
 from bitdistiller_peft.tuner import BitDistillerLayer, full_precision
 
@@ -127,6 +128,11 @@ def labels_of(inputs: Mapping[str, Any]) -> Tensor:
             "to be learned."
         )
     return labels
+
+
+def num_targets(labels: Tensor) -> int:
+    """How many tokens of labels `[batch, time]`, not shifted, are predicted by the one before."""
+    return int((labels[..., 1:] != IGNORE_INDEX).sum())
 
 
 def num_tokens(inputs: Mapping[str, Any]) -> int:

@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTTrainer
 
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.losses import IGNORE_INDEX, Objective
+from bitdistiller_peft.losses import Objective
 from bitdistiller_peft.training.cached import CachedTeacher
 from bitdistiller_peft.training.card import card_text
 from bitdistiller_peft.training.checkpoints import AUTO, CheckpointManifest, resumable
@@ -49,7 +49,7 @@ from bitdistiller_peft.training.provenance import describe_loss, provenance
 from bitdistiller_peft.training.relations import Relations
 from bitdistiller_peft.training.released import released_gamma, released_targets
 from bitdistiller_peft.training.sft import as_sft, config_kept, plain_output_head
-from bitdistiller_peft.training.teachers import Teacher, labels_of, num_tokens, without_labels
+from bitdistiller_peft.training.teachers import Teacher, labels_of, num_targets, num_tokens, without_labels
 from bitdistiller_peft.tuner import note_provenance
 
 
@@ -219,7 +219,7 @@ class DistillTrainer(SFTTrainer):
 
     def _divisor(self, labels: Tensor) -> int:
         """What the summed loss of a batch is to be divided by: its target tokens, or its texts."""
-        return len(labels) if self.args.is_released else int((labels[..., 1:] != IGNORE_INDEX).sum())
+        return len(labels) if self.args.is_released else num_targets(labels)
 
     def _before_step(self) -> None:
         """On the first step of a run: gamma, from a checkpoint or estimated, and the codes to compare with."""

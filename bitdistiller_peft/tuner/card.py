@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from bitdistiller_peft.errors import CheckpointError
 from bitdistiller_peft.hub.card import CARD_NAME, card_header, how_it_was_made, hub_id, intro, limits
 from bitdistiller_peft.hub.header import read_header
-from bitdistiller_peft.layers import packed_layout
+from bitdistiller_peft.layers import packed_bytes
 
 if TYPE_CHECKING:
     from bitdistiller_peft.tuner.config import BitDistillerConfig
@@ -127,9 +127,7 @@ def adapter_size(folder: Path, config: BitDistillerConfig) -> str:
         if inside and f"{name}_scale" in shapes:
             layer = layer.removeprefix(_PREFIX)
             whole = layer if parameter == "weight" else f"{layer}.{parameter}"
-            bits += sum(
-                math.prod(s) * dtype.itemsize * 8 for s, dtype in packed_layout(config.spec(whole), shape).values()
-            )
+            bits += 8 * packed_bytes(config.spec(whole), shape)
             weights += math.prod(shape)
     if not weights:
         return "Latent weights, not packed."

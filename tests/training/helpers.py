@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
@@ -138,3 +140,21 @@ def difference(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) ->
 def history(run: DistillTrainer, key: str = "loss") -> list[float]:
     """One figure of every log entry that has it."""
     return [entry[key] for entry in run.state.log_history if key in entry]
+
+
+def assert_loss_and_gradients(
+    run: DistillTrainer, inputs: dict, formula: Callable[[], torch.Tensor], rel: float, atol: float
+) -> None:
+    """The trainer's loss of a batch, and the gradient of every trained tensor, are those of a formula in fp64."""
+    model = run.model.train()
+    loss = run.compute_loss(model, inputs)
+    loss.backward()
+    ours = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected = formula()
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=rel)
+    assert ours
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            torch.testing.assert_close(ours[name], parameter.grad.double(), rtol=1e-3, atol=atol)

@@ -35,21 +35,13 @@ def textbook(model: Any, inputs: dict[str, Tensor], temperature: float = 5.0) ->
 
 
 def test_loss_and_gradient_are_those_of_the_equations(bases: Path, tmp_path: Path) -> None:
-    run = run_of(bases, tmp_path)
-    inputs = helpers.batch(helpers.dataset(4))
-    model = run.model.train()
-    loss = run.compute_loss(model, inputs)
-    loss.backward()
-    ours = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    divergence, cross_entropy = textbook(model, inputs)
-    expected = 10 * divergence + 0.5 * cross_entropy
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
-    assert ours
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(ours[name], parameter.grad.double(), rtol=1e-3, atol=1e-6)
+    run, inputs = run_of(bases, tmp_path), helpers.batch(helpers.dataset(4))
+
+    def formula() -> Tensor:
+        divergence, cross_entropy = textbook(run.model, inputs)
+        return 10 * divergence + 0.5 * cross_entropy
+
+    helpers.assert_loss_and_gradients(run, inputs, formula, rel=1e-5, atol=1e-6)
 
 
 def test_what_is_logged_are_the_two_means(bases: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,18 +44,8 @@ def run_of(bases: Path, folder: Path, **changes: Any) -> Any:
 def test_loss_and_gradient_are_those_of_the_equations(gamma: float, bases: Path, tmp_path: Path) -> None:
     run = run_of(bases, tmp_path, gamma=gamma, gamma_num_batches=11)
     inputs = helpers.batch(helpers.dataset(4))
-    model = run.model.train()
-    loss = run.compute_loss(model, inputs)
-    loss.backward()
-    ours = {name: p.grad.double().clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    expected = released_loss(model, inputs, gamma)
-    expected.backward()
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-4)
-    assert ours
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            torch.testing.assert_close(ours[name], parameter.grad.double(), rtol=1e-3, atol=1e-5)
+    formula = partial(released_loss, run.model, inputs, gamma)
+    helpers.assert_loss_and_gradients(run, inputs, formula, rel=1e-4, atol=1e-5)
 
 
 def test_it_is_another_loss_than_the_papers(bases: Path, tmp_path: Path) -> None:
