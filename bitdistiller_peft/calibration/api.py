@@ -21,6 +21,7 @@ from bitdistiller_peft.calibration.slots import Display, Slot, find_student
 from bitdistiller_peft.calibration.sweep import Sweep, segments
 from bitdistiller_peft.calibration.texts import batches_of, check_length, fingerprint, token_windows
 from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.kernels import LOAD_IN_FP32, warn_of_slow_bf16
 from bitdistiller_peft.tuner import borrowed, note_provenance
 
 
@@ -101,6 +102,8 @@ def calibrate(
     if batch_size is None:
         batch_size = 1 if method == "blockwise" else 8
     batches = batches_of(windows, batch_size, slots[0].weight.device)
+    if chosen.needs_text:
+        warn_of_slow_bf16(slots[0].weight.device, base.dtype, LOAD_IN_FP32)  # type: ignore[arg-type]  # not a tensor
     progress = _progress(resume_dir, base, slots, chosen, batches)
     with (
         borrowed(model),

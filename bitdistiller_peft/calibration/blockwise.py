@@ -31,6 +31,7 @@ from bitdistiller_peft.calibration.result import BlockReport
 from bitdistiller_peft.calibration.slots import Display, Slot
 from bitdistiller_peft.calibration.sweep import Finding, Segment, Sweep, blocks_to_visit, sort_by_block
 from bitdistiller_peft.errors import ConfigError, StateError, TrainingError
+from bitdistiller_peft.kernels import multiplies_bf16
 from bitdistiller_peft.layers import SUFFIXES, ZERO_POINT
 from bitdistiller_peft.tuner import full_precision
 
@@ -248,10 +249,5 @@ def _rate(step: int, *, steps: int, warmup: float) -> float:
 
 def _fast_dtype(like: Tensor) -> AbstractContextManager[object]:
     """bf16 autocast where the machine multiplies bf16 natively and the model is fp32."""
-    device = like.device.type
-    if device == "cpu":
-        probe = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-        is_fast = probe is not None and bool(probe())
-    else:
-        is_fast = device == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.autocast(device, torch.bfloat16) if is_fast and like.dtype == torch.float32 else nullcontext()
+    is_fast = like.dtype == torch.float32 and multiplies_bf16(like.device)
+    return torch.autocast(like.device.type, torch.bfloat16) if is_fast else nullcontext()

@@ -13,9 +13,11 @@ from bitdistiller_peft.kernels.backend import (
 from bitdistiller_peft.kernels.cpu import CpuBackend, release_streams
 from bitdistiller_peft.kernels.int8 import is_exact_product, ternary_int8_linear, ternary_int8_reference
 from bitdistiller_peft.kernels.ops import dequantize_packed, fake_quantize, packed_embedding, packed_linear, quantize
+from bitdistiller_peft.kernels.precision import LOAD_IN_FP32, multiplies_bf16, warn_of_slow_bf16
 from bitdistiller_peft.kernels.reference import ReferenceBackend, compute_dtype
 
 __all__ = [
+    "LOAD_IN_FP32",
     "Backend",
     "CpuBackend",
     "ReferenceBackend",
@@ -26,6 +28,7 @@ __all__ = [
     "fake_quantize",
     "get_backend",
     "is_exact_product",
+    "multiplies_bf16",
     "packed_embedding",
     "packed_linear",
     "quantize",
@@ -36,4 +39,5 @@ __all__ = [
     "ternary_int8_linear",
     "ternary_int8_reference",
     "use_backend",
+    "warn_of_slow_bf16",
 ]

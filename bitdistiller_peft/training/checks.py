@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from bitdistiller_peft.errors import ConfigError, DataError
+from bitdistiller_peft.kernels import LOAD_IN_FP32, warn_of_slow_bf16
 from bitdistiller_peft.losses import IGNORE_INDEX
 from bitdistiller_peft.training.config import DistillConfig
 from bitdistiller_peft.training.metrics import trained_weights
@@ -103,6 +104,14 @@ def smallest_learning_rate(model: nn.Module) -> float | None:
 def _half_masters(model: nn.Module) -> list[torch.Tensor]:
     masters = [getattr(module, name) for module, name, _ in trained_weights(model)]
     return [p for p in masters if p.requires_grad and p.dtype in (torch.bfloat16, torch.float16)]
+
+
+def warn_of_slow_dtype(model: nn.Module, args: DistillConfig) -> None:
+    """Say so where a processor would train in bf16 without instructions for it."""
+    dtype: Any = model.dtype
+    warn_of_slow_bf16(args.device, dtype, LOAD_IN_FP32)
+    if args.bf16 and dtype != torch.bfloat16:
+        warn_of_slow_bf16(args.device, torch.bfloat16, "pass bf16=False to DistillConfig.")
 
 
 def check_parallelism(accelerator: Accelerator, *, is_self_teacher: bool) -> None:

@@ -11,6 +11,7 @@ import torch
 from trl import SFTConfig
 
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
+from bitdistiller_peft.kernels import multiplies_bf16
 from bitdistiller_peft.losses import Objective, RelationObjective
 from bitdistiller_peft.recipes import declare_fields, get_recipe
 from bitdistiller_peft.training.everywhere import TARGETS, everywhere_faults
@@ -67,6 +68,7 @@ class DistillConfig(SFTConfig):
         zero_point_learning_rate: learning rate of learned zero points; `None` for `learning_rate`. No weight decay.
         log_flip_rate: log the share of codes that changed since the last log.
         flip_rate_layers: how many quantized weights that share is measured on, evenly spread; `-1` for all.
+        bf16: as in `SFTConfig`, but unsaid it is off on a processor without instructions for bf16.
         doctor: look at codes and scales with every log entry (about a million weights, whatever the model), log what
             they do, and warn where a known failure shows; see `bitdistiller_peft.training.doctor`.
 
@@ -163,6 +165,9 @@ class DistillConfig(SFTConfig):
         """Check everything that can be checked without a model."""
         if not torch.accelerator.is_available():
             self.use_cpu = True  # it will be the CPU anyway; unsaid, TRL's bf16 default is refused there
+        said: SFTConfig = self
+        if said.use_cpu and said.bf16 is None and not multiplies_bf16("cpu"):
+            said.bf16 = False  # TRL's default would take several times as long
         super().__post_init__()
         if self.arithmetic not in ARITHMETICS:
             raise UnknownNameError("arithmetic", self.arithmetic, ARITHMETICS)

@@ -29,6 +29,7 @@ from bitdistiller_peft.training.checks import (
     check_parallelism,
     check_student,
     check_targets,
+    warn_of_slow_dtype,
 )
 from bitdistiller_peft.training.config import ESTIMATE, DistillConfig
 from bitdistiller_peft.training.doctor import Doctor
@@ -96,6 +97,7 @@ class DistillTrainer(SFTTrainer):
         check_targets(self.train_dataset)
         check_student(self.model)
         check_master_dtype(self.model, args)
+        warn_of_slow_dtype(self.model, args)
         teacher = args.teacher if teacher is None else teacher
         check_parallelism(self.accelerator, is_self_teacher=teacher == "self")
         base_model = base_model_of(self.model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ from datasets import Dataset
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from bitdistiller_peft.errors import ConfigError, DataError, TrainingError, UnknownNameError
+from bitdistiller_peft.kernels import precision
 from bitdistiller_peft.training import DistillTrainer
-from bitdistiller_peft.training.checks import check_master_dtype, check_parallelism
+from bitdistiller_peft.training.checks import check_master_dtype, check_parallelism, warn_of_slow_dtype
 from tests.training import helpers
 
 
@@ -174,3 +176,29 @@ def test_a_batch_without_labels_is_refused(bases: Path, tmp_path: Path) -> None:
     run = helpers.trainer(helpers.student(bases), tmp_path)
     with pytest.raises(ConfigError, match="labels"):
         run.compute_loss(run.model, {"input_ids": torch.tensor([[5, 6]])})
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bf16", "remedy"),
+    [
+        (torch.bfloat16, False, 'dtype="float32"'),
+        (torch.bfloat16, True, 'dtype="float32"'),
+        (torch.float32, True, "bf16=False"),
+        (torch.float32, False, ""),
+    ],
+)
+def test_slow_bf16_is_told_with_its_remedy(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    dtype: torch.dtype,
+    bf16: bool,
+    remedy: str,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    monkeypatch.setattr(precision, "_SAID", set())
+    model = torch.nn.Linear(2, 2)
+    model.dtype = dtype
+    with caplog.at_level(logging.WARNING):
+        warn_of_slow_dtype(model, helpers.config(tmp_path, bf16=bf16))
+    assert [remedy in record.getMessage() for record in caplog.records] == ([True] if remedy else [])

@@ -11,6 +11,7 @@ import torch
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+from bitdistiller_peft.kernels import multiplies_bf16
 from bitdistiller_peft.training import DistillConfig, DistillTrainer
 from tests.training import helpers
 
@@ -147,7 +148,7 @@ def test_prompts_are_left_out_unless_asked_for(bases: Path, tmp_path: Path, comp
 def test_the_defaults_run_on_a_machine_without_an_accelerator(tmp_path: Path) -> None:
     args = DistillConfig(str(tmp_path))
     assert args.use_cpu
-    assert args.bf16
+    assert args.bf16 is multiplies_bf16("cpu")
 
 
 @dataclass
@@ -157,3 +158,14 @@ class _Extended(DistillConfig):
 
 def test_the_config_can_be_extended(tmp_path: Path) -> None:
     assert _Extended(str(tmp_path), use_cpu=True, bf16=False, extra=3).extra == 3
+
+
+@pytest.mark.parametrize("has_bf16", [True, False], ids=["with", "without"])
+@pytest.mark.parametrize("said", [None, True, False])
+def test_a_processor_computes_in_bf16_where_it_can_or_must(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_bf16: bool, said: bool | None
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has_bf16)
+    values = {} if said is None else {"bf16": said}
+    config = DistillConfig(str(tmp_path), use_cpu=True, report_to="none", **values)
+    assert config.bf16 is (has_bf16 if said is None else said)
