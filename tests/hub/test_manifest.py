@@ -138,7 +138,8 @@ def test_without_a_manifest_a_model_loads_with_one_warning_and_cannot_be_verifie
 
 @pytest.mark.filterwarnings("ignore:.*already has a `quantization_config`")
 def test_verification_can_be_turned_off_and_that_is_said(saved: GetSaved, folder: Path) -> None:
-    flip(folder / WEIGHTS, tensor_range(folder / WEIGHTS, "lm_head.weight")[0])
+    start, _ = tensor_range(folder / WEIGHTS, "lm_head.weight")
+    flip(folder / WEIGHTS, start + 3)  # in the exponent: one in the last place may vanish in a sum
     with pytest.warns(UserWarning, match="damage would go unnoticed"):
         model = load(folder, quantization_config=BitDistillerQuantConfig(verify="none"))
     assert not logits(model).equal(saved("llama").logits)
