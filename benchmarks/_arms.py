@@ -32,9 +32,11 @@ from bitdistiller_peft import (
     evaluate_divergence,
     evaluate_perplexity,
     get_bitdistiller_model,
+    quant_summary,
 )
 from bitdistiller_peft.calibration import CalibrationResult
 from bitdistiller_peft.calibration.texts import fingerprint, token_windows
+from bitdistiller_peft.kernels import multiplies_bf16
 
 SEQ_LEN, CHUNKS = 512, 40
 CLIP_TOKENS = 16 * SEQ_LEN
@@ -48,6 +50,7 @@ class Arm:
     Attributes:
         model: fields of `BitDistillerConfig`.
         clip: whether a clip search comes first.
+        method: another way to calibrate on the same windows, `"gptq"` or `"awq"`.
         blockwise: share of the tokens spent block by block, and its options.
         training: fields of `DistillConfig` for the rest of the tokens.
         share: of `--tokens`, all in all; 0 for rows that only look at text, or not even that.
@@ -56,6 +59,7 @@ class Arm:
 
     model: dict[str, Any] = field(default_factory=dict)
     clip: bool = False
+    method: str = ""
     blockwise: tuple[float, dict[str, Any]] | None = None
     training: dict[str, Any] | None = None
     share: float = 1.0
@@ -78,8 +82,10 @@ class Bench:
         self.eval_texts = dict(_named(item) for item in options.eval)
 
     def load(self) -> Any:
-        """The full-precision model."""
-        return AutoModelForCausalLM.from_pretrained(self.options.model, dtype=torch.bfloat16)
+        """The full-precision model, in bf16 where the machine multiplies it."""
+        is_fast = torch.cuda.is_available() or multiplies_bf16("cpu")
+        dtype = torch.bfloat16 if is_fast else torch.float32
+        return AutoModelForCausalLM.from_pretrained(self.options.model, dtype=dtype)
 
     def prepare(self, model: nn.Module, arm: Arm, bits: int, group_size: int) -> Any:
         """The student, not yet calibrated."""
@@ -89,6 +95,10 @@ class Bench:
         """The first windows of each training text in turn, as one row ``[1, >= tokens]``."""
         return windows_of(self.train_texts, self.tokenizer, tokens)
 
+    def calibration_windows(self) -> Tensor:
+        """What ranges are searched on, ``[windows, SEQ_LEN]``."""
+        return self.windows(CLIP_TOKENS).reshape(-1, SEQ_LEN)[: CLIP_TOKENS // SEQ_LEN]
+
     def clip(self, student: Any, cache: Path | None = None) -> float:
         """Search clip ranges on the first training windows; return the seconds that the search takes, or took.
 
@@ -96,8 +106,7 @@ class Bench:
             student: from `prepare`.
             cache: a folder for ranges, so that each setting is searched once; `None` searches anew.
         """
-        samples = CLIP_TOKENS // SEQ_LEN
-        windows = self.windows(CLIP_TOKENS).reshape(-1, SEQ_LEN)[:samples]
+        windows = self.calibration_windows()
         config = student.peft_config["default"]
         what = (self.options.model, config.grid, config.bits, config.group_size, fingerprint(windows))
         found = cache and cache / f"clip-{hashlib.sha256(repr(what).encode()).hexdigest()[:16]}.safetensors"
@@ -105,7 +114,7 @@ class Bench:
             CalibrationResult.load(found).apply(student)
             return float(found.with_suffix(".seconds").read_text(encoding="utf-8"))
         started = clock()
-        result = calibrate(student, None, windows, num_samples=samples, seq_len=SEQ_LEN)
+        result = calibrate(student, None, windows, num_samples=len(windows), seq_len=SEQ_LEN)
         seconds = clock() - started
         if found:
             found.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +133,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder:
             args = DistillConfig(
                 output_dir=folder, max_steps=steps, per_device_train_batch_size=self.step_tokens // SEQ_LEN,
-                max_length=SEQ_LEN, gradient_checkpointing=False, bf16=True, save_strategy="no", report_to="none",
+                max_length=SEQ_LEN, gradient_checkpointing=False, save_strategy="no", report_to="none",
                 use_cpu=not torch.cuda.is_available(), seed=self.options.seed, **common | _with_warmup(values, steps),
             )  # fmt: skip
             data = Dataset.from_dict({"input_ids": rows.tolist()})
@@ -139,11 +148,19 @@ class Bench:
         options = {"seq_len": SEQ_LEN, "max_chunks": self.options.chunks, **options}
         return evaluate_perplexity(model, self.tokenizer, "\n\n".join(text), **options).perplexity
 
-    def divergence(self, model: nn.Module, text: list[str]) -> Any:
-        """From the full-precision model, on the same chunks."""
+    def divergence(self, model: nn.Module, text: list[str], chunks: int | None = None) -> Any:
+        """From the full-precision model, on the same chunks, or fewer of them."""
+        chunks = chunks or self.options.chunks
         return evaluate_divergence(
-            model, self.load(), self.tokenizer, "\n\n".join(text), seq_len=SEQ_LEN, max_chunks=self.options.chunks
+            model, self.load(), self.tokenizer, "\n\n".join(text), seq_len=SEQ_LEN, max_chunks=chunks
         )
+
+
+def stored_bits(model: nn.Module) -> float:
+    """Bits per weight of all that is stored, with unquantized weights in 16 bits, whatever the machine computes in."""
+    rows = quant_summary(model).rows
+    bits = sum(16 * row.num_weights if row.state == "full precision" else row.stored_bits for row in rows)
+    return bits / sum(row.num_weights for row in rows)
 
 
 def clock() -> float:

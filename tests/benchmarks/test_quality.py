@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -39,7 +40,7 @@ def test_rows_are_measured_at_equal_tokens_and_only_once(folder: Path, monkeypat
     assert rows["rtn"]["tokens"] == 0
     assert rows["bitdistiller"]["tokens"] == rows["balanced"]["tokens"] == 4096
     assert rows["fast"]["tokens"] == 1024
-    assert rows["full_precision"]["bits_per_weight"] == 32 or rows["full_precision"]["bits_per_weight"] == 16
+    assert rows["full_precision"]["bits_per_weight"] == 16
     assert rows["rtn"]["bits_per_weight"] == rows["balanced"]["bits_per_weight"] < 16
     assert rows["full_precision"]["kl"] == 0 < rows["balanced"]["kl"]
     assert written["figures"]["2bit_share_of_gap_closed"]["asked"] == {"min": 0.5}
@@ -55,10 +56,33 @@ def test_rows_are_measured_at_equal_tokens_and_only_once(folder: Path, monkeypat
 def test_figures_compare_the_rows_they_name() -> None:
     names = {"full_precision": 10.0, "bitdistiller": 1000.0, "balanced": 100.0, "efficientqat": 90.0, "fast": 500.0}
     rows = [
-        {"row": name, "bits": 2, "seed": 0, "seconds": 1.0, "ppl_wiki": value, "ppl_other": 1.0}
+        {"row": name, "bits": 2, "seed": 0, "cpu_seconds": 2.0, "ppl_wiki": value, "ppl_other": value * 3}
         for name, value in names.items()
     ]
+    rows += [{**rows[2], "seed": 1, "ppl_wiki": 400.0}, {**rows[2], "seed": 2, "ppl_wiki": 25.0}]
+    rows += [{**rows[1], "row": "bitdistiller-lr2e-4", "ppl_wiki": 200.0}, {**rows[0], "bits": 3}]
     found = quality.figures(rows)
     assert found["2bit_share_of_gap_closed"]["value"] == pytest.approx(0.5)
     assert found["2bit_against_efficientqat"]["value"] == pytest.approx(100 / 90)
     assert found["2bit_fast_against_bitdistiller"]["value"] == pytest.approx(0.5)
+    at_best = found["2bit_share_of_gap_closed_at_its_best_rate"]["value"]
+    assert at_best == pytest.approx(math.log(200 / 100) / math.log(200 / 10))
+    assert found["2bit_share_of_gap_closed_other"]["value"] == pytest.approx(0.5)
+    assert found["2bit_left_of_full_precision"]["value"] == pytest.approx(10)
+    assert found["2bit_fast_time"]["value"] == 1.0
+
+
+def test_gptq_and_awq_are_rows_without_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = {row["row"]: row for row in run(folder, monkeypatch, "rtn", "gptq", "awq")["rows"]}
+    assert rows["gptq"]["tokens"] == rows["awq"]["tokens"] == 0
+    assert len({row["kl"] for row in rows.values()}) == 4
+
+
+def test_every_seed_is_a_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written = run(folder, monkeypatch, "rtn", "fast", "--seeds", "0", "1")
+    assert [(row["row"], row["seed"]) for row in written["rows"]] == [
+        ("full_precision", 0), ("rtn", 0), ("fast", 0), ("rtn", 1), ("fast", 1),
+    ]  # fmt: skip
+    by_row = {(row["row"], row["seed"]): row["ppl_topics"] for row in written["rows"]}
+    assert by_row["rtn", 0] == by_row["rtn", 1]
+    assert by_row["fast", 0] != by_row["fast", 1]
