@@ -133,3 +133,20 @@ def check_parallelism(accelerator: Accelerator, *, is_self_teacher: bool) -> Non
         raise ConfigError(
             f"`zero_stage` must be at most 2: got DeepSpeed's zero_stage=3. Use FSDP2{also}, or zero_stage=2."
         )
+
+
+def check_whole(args: DistillConfig, *, is_sharded: bool) -> None:
+    """Refuse options that need whole parameters on every device.
+
+    Args:
+        args: of the training.
+        is_sharded: whether FSDP or DeepSpeed holds the parameters.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    if is_sharded and args.ema_decay is not None:
+        raise ConfigError(
+            f"`ema_decay` must be None under FSDP and DeepSpeed: got ema_decay={args.ema_decay!r}. Averages need whole "
+            "parameters on every device; use data parallelism (DDP)."
+        )

@@ -14,6 +14,7 @@ from bitdistiller_peft.errors import ConfigError, UnknownNameError
 from bitdistiller_peft.kernels import multiplies_bf16
 from bitdistiller_peft.losses import Objective, RelationObjective
 from bitdistiller_peft.recipes import declare_fields, get_recipe
+from bitdistiller_peft.training.averages import averages_faults
 from bitdistiller_peft.training.everywhere import TARGETS, everywhere_faults
 from bitdistiller_peft.training.released import RELEASED, released_faults
 
@@ -66,6 +67,8 @@ class DistillConfig(SFTConfig):
         teacher_init_kwargs: passed to `from_pretrained` where the teacher is a path or name.
         scale_learning_rate: learning rate of learned scales; `None` for `learning_rate`. They get no weight decay.
         zero_point_learning_rate: learning rate of learned zero points; `None` for `learning_rate`. No weight decay.
+        ema_decay: evaluate, and in the end keep, an exponential moving average of what is trained, of which each step
+            keeps this much; in a run of a few hundred steps 0.95 to 0.99. `None` keeps the last step.
         log_flip_rate: log the share of codes that changed since the last log.
         flip_rate_layers: how many quantized weights that share is measured on, evenly spread; `-1` for all.
         bf16: as in `SFTConfig`, but unsaid it is off on a processor without instructions for bf16.
@@ -134,6 +137,9 @@ class DistillConfig(SFTConfig):
     zero_point_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of learned zero points; learning_rate by default."}
     )
+    ema_decay: float | None = field(
+        default=None, metadata={"help": "Evaluate and keep a moving average of the weights with this decay, e.g. 0.99."}
+    )
     log_flip_rate: bool = field(default=True, metadata={"help": "Log the share of codes that changed."})
     flip_rate_layers: int = field(
         default=8, metadata={"help": "Quantized weights that the flip rate is measured on; -1 for all."}
@@ -179,6 +185,7 @@ class DistillConfig(SFTConfig):
         self.objective(0.5)
         self.relation_objective()
         faults = [*self._range_faults(), *self._unsupported_faults(), *self._cache_faults(), *everywhere_faults(self)]
+        faults += averages_faults(self)
         faults += released_faults(self) if self.is_released else []
         if faults:
             raise ConfigError("\n".join(faults))

@@ -20,6 +20,7 @@ from trl import SFTTrainer
 
 from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.losses import Objective
+from bitdistiller_peft.training.averages import WeightAverages
 from bitdistiller_peft.training.cached import CachedTeacher
 from bitdistiller_peft.training.card import card_text
 from bitdistiller_peft.training.checkpoints import AUTO, CheckpointManifest, resumable
@@ -29,6 +30,7 @@ from bitdistiller_peft.training.checks import (
     check_parallelism,
     check_student,
     check_targets,
+    check_whole,
     warn_of_slow_dtype,
 )
 from bitdistiller_peft.training.config import ESTIMATE, DistillConfig
@@ -100,6 +102,7 @@ class DistillTrainer(SFTTrainer):
         warn_of_slow_dtype(self.model, args)
         teacher = args.teacher if teacher is None else teacher
         check_parallelism(self.accelerator, is_self_teacher=teacher == "self")
+        check_whole(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         base_model = base_model_of(self.model)
         add_distill_forward(base_model)
         self.teacher: Teacher | None = None
@@ -119,6 +122,8 @@ class DistillTrainer(SFTTrainer):
         self.add_callback(GradientGuard())
         self._doctor = Doctor(args)
         self.add_callback(self._doctor)
+        self._averages = WeightAverages(args.ema_decay)
+        self.add_callback(self._averages)
         self.add_callback(CheckpointManifest())  # after all that writes into a checkpoint
         self._stop = GracefulStop()
         self.add_callback(self._stop)
@@ -189,6 +194,7 @@ class DistillTrainer(SFTTrainer):
         if resume_from_checkpoint:
             found = resumable(resume_from_checkpoint, self.args.output_dir)
             resume_from_checkpoint = found or (None if resume_from_checkpoint == AUTO else resume_from_checkpoint)
+        self._averages.resume_from = str(resume_from_checkpoint) if resume_from_checkpoint else None
         self._objective = self._flips = None
         self.memory.num_tokens = 0
         self._meters["train"] = Meter()
@@ -335,7 +341,9 @@ class DistillTrainer(SFTTrainer):
         """
         began = time.perf_counter()
         self._meters["eval"] = Meter()
-        output = super().evaluation_loop(dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        asked = (dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix)
+        with self._averages.in_force():
+            output = super().evaluation_loop(*asked)
         means = self._measured("eval")
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         self._stopwatch.skip(time.perf_counter() - began)

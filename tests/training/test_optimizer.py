@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+import torch
+
 from tests.training import helpers
 
 STUDENT = {"learn_zero_point": True}
@@ -61,3 +64,29 @@ def test_the_schedule_reaches_every_group(bases: Path, tmp_path: Path) -> None:
     )
     run.train()
     assert {group["lr"] for group in run.optimizer.param_groups} == {0.0}
+
+
+@pytest.mark.parametrize("optim", ["adamw_8bit", "lion_8bit", "lion_32bit"])
+def test_optimizers_of_bitsandbytes_have_our_groups_too(bases: Path, tmp_path: Path, optim: str) -> None:
+    run = helpers.trainer(
+        helpers.student(bases, **STUDENT), tmp_path, optim=optim, learning_rate=1e-4, weight_decay=0.1,
+        scale_learning_rate=1e-3, zero_point_learning_rate=0.0, max_steps=1,
+    )  # fmt: skip
+    before = helpers.weights(run.model)
+    run.train()
+    assert "bitsandbytes" in type(run.optimizer.optimizer).__module__
+    moved = {name: float((value - before[name]).abs().max()) for name, value in helpers.weights(run.model).items()}
+    for name, distance in moved.items():
+        rate = {"weight": 1e-4, "weight_scale": 1e-3, "weight_zero_point": 0.0}[name.rpartition(".")[2]]
+        # a sign or Adam step is as long as the rate; decay of 1e-5 and rounding come on top
+        assert distance == pytest.approx(rate, rel=0.05, abs=1e-9), name
+
+
+def test_only_large_tensors_have_8_bit_states(bases: Path, tmp_path: Path) -> None:
+    run = helpers.trainer(helpers.student(bases), tmp_path, optim="adamw_8bit", max_steps=1)
+    run.train()
+    states = run.optimizer.optimizer.state
+    for name, parameter in run.model.named_parameters():
+        if parameter.requires_grad:
+            is_narrow = states[parameter]["state1"].dtype == torch.uint8
+            assert is_narrow == (parameter.numel() >= 4096), name
