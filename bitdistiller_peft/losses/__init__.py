@@ -7,6 +7,7 @@ from bitdistiller_peft.losses.cakld import cakld, confidence
 from bitdistiller_peft.losses.divergences import forward_kl, jensen_shannon, reverse_kl
 from bitdistiller_peft.losses.fused import DistillationOutput, distillation_loss
 from bitdistiller_peft.losses.gamma import ConfidenceSums, teacher_confidence
+from bitdistiller_peft.losses.hidden_states import hidden_state_loss
 from bitdistiller_peft.losses.masking import IGNORE_INDEX, select_targets, shift_labels, sum_over_targets
 from bitdistiller_peft.losses.objective import Objective
 from bitdistiller_peft.losses.projection import Head
@@ -31,6 +32,7 @@ __all__ = [
     "RelationObjective",
     "attention_relation_loss",
     "count_rows",
+    "hidden_state_loss",
     "teacher_confidence",
     "ConfidenceSums",
     "Divergence",

@@ -31,7 +31,7 @@ from bitdistiller_peft.training.cache_store import (
 )
 from bitdistiller_peft.training.documents import Document, digest_of, fingerprint_documents, iter_documents
 from bitdistiller_peft.training.fingerprints import fingerprint_template, fingerprint_tokenizer, fingerprint_weights
-from bitdistiller_peft.training.forward import base_model_of, last_hidden
+from bitdistiller_peft.training.forward import base_model_of, hidden_states
 from bitdistiller_peft.training.heads import output_head
 from bitdistiller_peft.tuner import BitDistillerLayer, full_precision
 
@@ -163,7 +163,7 @@ def _ask(
         batch = [torch.from_numpy(document.astype(np.int64)) for document in documents[first : first + batch_size]]
         ids = nn.utils.rnn.pad_sequence(batch, batch_first=True).to(base.device)
         mask = nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in batch], batch_first=True).to(base.device)
-        hidden = last_hidden(base, input_ids=ids, attention_mask=mask)
+        hidden, _ = hidden_states(base, None, input_ids=ids, attention_mask=mask)
         for row, tokens in enumerate(batch):
             states = hidden[row, : len(tokens)].to(head.weight.device)
             if not bool(torch.isfinite(states).all()):

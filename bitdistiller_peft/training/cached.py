@@ -75,7 +75,7 @@ class CachedTeacher(Teacher):
         if self._head is None:
             return SparseStates(SparseTeacher(**found))
         self._head = _moved(self._head, ids.device)
-        return HiddenStates(found["hidden"], self._head)
+        return HiddenStates(found["hidden"], self._head, layer=None if self.hidden_layer is None else found["hidden"])
 
     def check(self, tokenizer: Any, **datasets: Any) -> None:
         """Refuse, before the first step, what the cache was not made for.

@@ -50,6 +50,9 @@ class DistillConfig(SFTConfig):
         attention_mask: keys that a token is related to: `"padding"` (all but padding), `"causal"`, or `"none"` (all, as
             published).
         attention_reduction: `"paper"` (mean over tokens and split heads) or `"code"` (over split heads twice).
+        hidden_weight: how much the hidden-state part counts: the mean squared difference of student's and teacher's
+            states after one layer, each divided by its root mean square, over the target tokens. 0 for none.
+        hidden_layer: that layer; negative from the end, -1 after the last norm.
         temperature: logits of both sides are divided by it before they are compared.
         rescale_temperature: multiply divergences by the square of the temperature.
         jsd_beta: the teacher's share of the mixture in `"jsd"`.
@@ -109,6 +112,8 @@ class DistillConfig(SFTConfig):
     attention_relation: str = field(default="cosine", metadata={"help": "'cosine' or 'scaled_dot'."})
     attention_mask: str = field(default="padding", metadata={"help": "'padding', 'causal' or 'none'."})
     attention_reduction: str = field(default="paper", metadata={"help": "'paper' or 'code'."})
+    hidden_weight: float = field(default=0.0, metadata={"help": "Weight of the hidden-state part of the loss."})
+    hidden_layer: int = field(default=-1, metadata={"help": "The layer whose states it compares; -1 for the last."})
     temperature: float = field(default=1.0, metadata={"help": "Divides both sides' logits before comparison."})
     rescale_temperature: bool = field(
         default=True, metadata={"help": "Multiply divergences by the square of the temperature."}
@@ -263,6 +268,10 @@ class DistillConfig(SFTConfig):
             faults.append(
                 f"`attention_weight` must not be negative: got attention_weight={self.attention_weight!r}. Use 0.0 for "
                 "none."
+            )
+        if not 0 <= self.hidden_weight < math.inf:
+            faults.append(
+                f"`hidden_weight` must not be negative: got hidden_weight={self.hidden_weight!r}. Use 0.0 for none."
             )
         if self.attention_weight and (self.packing or self.padding_free):
             faults.append(

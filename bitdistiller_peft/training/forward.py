@@ -26,10 +26,14 @@ from bitdistiller_peft.losses import (
     SparseTeacher,
     attention_relation_loss,
     distillation_loss,
+    hidden_state_loss,
     shift_labels,
 )
 from bitdistiller_peft.training.attention import States, capture_attention, only_capture
 from bitdistiller_peft.training.heads import Head, output_head
+
+LAST_LAYER = -1
+_NAME_OF_HIDDEN = "hidden_states"
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +45,8 @@ class HiddenStates:
     head: Head
     attention: States | None = None
     """queries, keys and values of the layer that was listened to"""
+    layer: Tensor | None = None
+    """`[batch, time, width]`, after the layer that was asked for"""
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,6 +69,14 @@ class RelationTarget:
 
     layer: int
     objective: RelationObjective
+
+
+@dataclass(frozen=True)
+class HiddenTarget:
+    """Which layer's hidden states are compared, negative from the end, and how much that counts."""
+
+    layer: int
+    weight: float
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,6 +103,7 @@ class DistillTarget:
     """whether the label at t already is what t predicts"""
     everywhere: Everywhere | None = None
     """for divergences over other positions than the targets"""
+    hidden: HiddenTarget | None = None
 
 
 @dataclass
@@ -113,7 +128,8 @@ def base_model_of(model: nn.Module) -> PreTrainedModel:
 def add_distill_forward(model: PreTrainedModel) -> None:
     """Let `model.forward` take `distill=` and `return_hidden=`; without them it is what it was.
 
-    With `return_hidden=`, `attention_layer=` names a layer whose queries, keys and values come along.
+    With `return_hidden=`, `attention_layer=` names a layer whose queries, keys and values come along, `hidden_layer=`
+    one whose output does.
     """
     original = model.forward
 
@@ -124,31 +140,37 @@ def add_distill_forward(model: PreTrainedModel) -> None:
         distill: DistillTarget | None = None,
         return_hidden: bool = False,
         attention_layer: int | None = None,
+        hidden_layer: int | None = None,
         **kwargs: Any,
     ) -> Any:
         if distill is None and not return_hidden:
             return original(*args, **kwargs)
         if distill is not None and distill.relations is not None:
             attention_layer = distill.relations.layer
-        hidden, attention = _hear(self, attention_layer, *args, **kwargs)
+        if distill is not None and distill.hidden is not None:
+            hidden_layer = distill.hidden.layer
+        hidden, layer, attention = _hear(self, attention_layer, hidden_layer, *args, **kwargs)
         head = output_head(self)
         hidden = hidden.to(head.weight.device)
         if distill is None:
-            return HiddenStates(hidden, head, attention)
+            return HiddenStates(hidden, head, attention, layer)
         output = _score(hidden, head, distill)
+        _compare_hidden(output, layer, distill)
         output.relation = _relate(attention, kwargs.get("attention_mask"), distill)
         return output
 
     model.forward = types.MethodType(forward, model)
 
 
-def _hear(model: PreTrainedModel, layer: int | None, *args: Any, **kwargs: Any) -> tuple[Tensor, States | None]:
-    """Last hidden states, and what the attention of one layer was given."""
+def _hear(
+    model: PreTrainedModel, layer: int | None, hidden_layer: int | None, *args: Any, **kwargs: Any
+) -> tuple[Tensor, Tensor | None, States | None]:
+    """Last hidden states, those after one layer, and what the attention of one layer was given."""
     if layer is None:
-        return last_hidden(model, *args, **kwargs), None
+        return *hidden_states(model, hidden_layer, *args, **kwargs), None
     with capture_attention(model, layer) as heard:
-        hidden = last_hidden(model, *args, **kwargs)
-    return hidden, only_capture(heard, layer)
+        last, between = hidden_states(model, hidden_layer, *args, **kwargs)
+    return last, between, only_capture(heard, layer)
 
 
 def _relate(attention: States | None, attention_mask: Tensor | None, distill: DistillTarget) -> Tensor | None:
@@ -166,14 +188,22 @@ def _relate(attention: States | None, attention_mask: Tensor | None, distill: Di
     return attention_relation_loss(attention, teacher, attention_mask, objective=distill.relations.objective)
 
 
-def last_hidden(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Tensor:
-    """Run the backbone alone: `[batch, time, width]`."""
+def hidden_states(model: PreTrainedModel, layer: int | None, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """Run the backbone alone: what comes out of it, and of one of its layers if asked for, ``[batch, time, width]``.
+
+    Layer -1 is the last, after the last norm: what comes out of it anyway.
+    """
     for name in ("labels", "shift_labels", "num_items_in_batch", "logits_to_keep"):
         kwargs.pop(name, None)  # of the head's business; not every backbone takes them
     kwargs |= {"use_cache": False, "return_dict": True}
+    if layer not in (None, LAST_LAYER):
+        kwargs["output_hidden_states"] = True
     # looked up on each call: PEFT and FSDP replace modules after the forward was patched
-    hidden: Tensor = model.base_model(*args, **kwargs).last_hidden_state
-    return hidden
+    output = model.base_model(*args, **kwargs)
+    last: Tensor = output.last_hidden_state
+    if layer is None or layer == LAST_LAYER:
+        return last, None if layer is None else last
+    return last, output.hidden_states[layer if layer < 0 else layer + 1]  # the first are the embeddings
 
 
 def _score(hidden: Tensor, head: Head, distill: DistillTarget) -> DistillOutput:
@@ -203,6 +233,20 @@ def _score(hidden: Tensor, head: Head, distill: DistillTarget) -> DistillOutput:
     own = {"forward_kl": other.forward_kl, "reverse_kl": other.reverse_kl, **other.others}
     sums |= {name: share * value for name, value in own.items() if value is not None} | {"loss": loss.detach()}
     return DistillOutput(loss=loss, sums=sums, num_targets=output.num_targets)
+
+
+def _compare_hidden(output: DistillOutput, states: Tensor | None, distill: DistillTarget) -> None:
+    """Add the hidden-state part to a loss, over the same target tokens."""
+    if distill.hidden is None or states is None or output.loss is None or output.sums is None:
+        return
+    teacher = distill.teacher.layer if isinstance(distill.teacher, HiddenStates) else None
+    if teacher is None:
+        raise ConfigError("`hidden_weight` must be 0.0 for a teacher that shows no hidden states: got one.")
+    labels = distill.labels.to(states.device)
+    aligned = labels if distill.aligned else shift_labels(labels)
+    part = hidden_state_loss(states.flatten(0, 1), teacher.to(states.device).flatten(0, 1), aligned.flatten())
+    output.loss = output.loss + distill.hidden.weight * part.to(output.loss.device)
+    output.sums = {**output.sums, "loss": output.loss.detach(), _NAME_OF_HIDDEN: part.detach()}
 
 
 @torch.no_grad()

@@ -26,6 +26,7 @@ def released_faults(config: Any) -> list[str]:
         "loss_type": (config.loss_type, "cakld"),
         "ce_weight": (config.ce_weight, 0.0),
         "attention_weight": (config.attention_weight, 0.0),
+        "hidden_weight": (config.hidden_weight, 0.0),
         "packing": (config.packing, False),
         "padding_free": (config.padding_free, False),
     }

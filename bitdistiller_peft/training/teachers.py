@@ -28,6 +28,8 @@ class Teacher(ABC):
 
     attention_layer: int | None = None
     """A layer whose queries, keys and values are to come along."""
+    hidden_layer: int | None = None
+    """A layer whose hidden states are to come along, negative from the end."""
 
     @abstractmethod
     def __call__(self, inputs: Mapping[str, Any]) -> HiddenStates | SparseStates:
@@ -36,6 +38,10 @@ class Teacher(ABC):
         Args:
             inputs: what the student's backbone is given, without labels.
         """
+
+    @property
+    def _wanted(self) -> dict[str, int | None]:
+        return {"attention_layer": self.attention_layer, "hidden_layer": self.hidden_layer}
 
     @property
     @abstractmethod
@@ -77,7 +83,7 @@ class SelfTeacher(Teacher):
     def __call__(self, inputs: Mapping[str, Any]) -> HiddenStates:
         """Run the student's model with its adapters off."""
         with full_precision(self._model):
-            return self._model(**inputs, return_hidden=True, attention_layer=self.attention_layer)
+            return self._model(**inputs, return_hidden=True, **self._wanted)
 
 
 class SeparateTeacher(Teacher):
@@ -107,7 +113,7 @@ class SeparateTeacher(Teacher):
         """Run the teacher."""
         self._model.eval()  # whoever called train() on it: dropout in a teacher is noise in the target
         with torch.no_grad():
-            return self._model(**inputs, return_hidden=True, attention_layer=self.attention_layer)
+            return self._model(**inputs, return_hidden=True, **self._wanted)
 
 
 def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:

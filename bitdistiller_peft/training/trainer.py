@@ -44,6 +44,7 @@ from bitdistiller_peft.training.forward import (
 )
 from bitdistiller_peft.training.gamma import estimate_gamma, sample_batches
 from bitdistiller_peft.training.guard import GradientGuard, not_finite
+from bitdistiller_peft.training.hidden import hidden_target
 from bitdistiller_peft.training.interrupts import GracefulStop
 from bitdistiller_peft.training.metrics import FlipCounter, Meter, RunMemory, Stopwatch
 from bitdistiller_peft.training.optimizer import split_groups, without_learned
@@ -106,12 +107,13 @@ class DistillTrainer(SFTTrainer):
         base_model = base_model_of(self.model)
         add_distill_forward(base_model)
         self.teacher: Teacher | None = None
-        if args.objective(0.5).needs_teacher or args.attention_weight:
+        if args.objective(0.5).needs_teacher or args.attention_weight or args.hidden_weight:
             self.teacher = build_teacher(teacher, self.model, self.accelerator, args)
         if isinstance(self.teacher, CachedTeacher):
             self.teacher.check(self.processing_class, train_dataset=self.train_dataset, eval_dataset=self.eval_dataset)
         if not self.is_fsdp_enabled and not self.is_deepspeed_enabled:
             check_forward(base_model, self.args.device)
+        self._hidden = hidden_target(args, base_model, self.teacher)
         self._everywhere = EveryToken() if args.divergence_tokens == ALL else None
         self._relations = Relations(args, base_model, self.teacher) if args.attention_weight else None
         self._meters = {"train": Meter(), "eval": Meter()}
@@ -265,6 +267,7 @@ class DistillTrainer(SFTTrainer):
         target = DistillTarget(
             released_targets(labels) if is_aligned else labels,
             self.objective, self._ask(inputs), self.args.loss_tile_tokens, layer, is_aligned, everywhere,
+            self._hidden,
         )  # fmt: skip
         plain = without_labels(inputs)
         output = model(**plain, distill=target)
