@@ -145,8 +145,15 @@ def check_whole(args: DistillConfig, *, is_sharded: bool) -> None:
     Raises:
         ConfigError: there is one.
     """
-    if is_sharded and args.ema_decay is not None:
+    if not is_sharded:
+        return
+    if args.ema_decay is not None:
         raise ConfigError(
             f"`ema_decay` must be None under FSDP and DeepSpeed: got ema_decay={args.ema_decay!r}. Averages need whole "
             "parameters on every device; use data parallelism (DDP)."
+        )
+    if args.on_policy_share:
+        raise ConfigError(
+            f"`on_policy_share` must be 0.0 under FSDP and DeepSpeed: got {args.on_policy_share!r}. The student "
+            "samples with whole weights on every device; use data parallelism (DDP)."
         )

@@ -16,6 +16,7 @@ from bitdistiller_peft.losses import Objective, RelationObjective
 from bitdistiller_peft.recipes import declare_fields, get_recipe
 from bitdistiller_peft.training.averages import averages_faults
 from bitdistiller_peft.training.everywhere import TARGETS, everywhere_faults
+from bitdistiller_peft.training.on_policy import on_policy_faults
 from bitdistiller_peft.training.released import RELEASED, released_faults
 
 ESTIMATE = "estimate"
@@ -70,6 +71,11 @@ class DistillConfig(SFTConfig):
         teacher_init_kwargs: passed to `from_pretrained` where the teacher is a path or name.
         scale_learning_rate: learning rate of learned scales; `None` for `learning_rate`. They get no weight decay.
         zero_point_learning_rate: learning rate of learned zero points; `None` for `learning_rate`. No weight decay.
+        on_policy_share: share of the steps whose completions the student itself samples, for the teacher to judge.
+        on_policy_after: share of the steps that come before the first such one: a second phase.
+        on_policy_max_new_tokens: longest completion.
+        on_policy_temperature: of the sampling.
+        on_policy_prompt_tokens: length of the prompt that is taken from a text without one.
         ema_decay: evaluate, and in the end keep, an exponential moving average of what is trained, of which each step
             keeps this much; in a run of a few hundred steps 0.95 to 0.99. `None` keeps the last step.
         log_flip_rate: log the share of codes that changed since the last log.
@@ -142,6 +148,11 @@ class DistillConfig(SFTConfig):
     zero_point_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of learned zero points; learning_rate by default."}
     )
+    on_policy_share: float = field(default=0.0, metadata={"help": "Share of the steps on the student's own samples."})
+    on_policy_after: float = field(default=0.0, metadata={"help": "Share of the steps before the first such one."})
+    on_policy_max_new_tokens: int = field(default=128, metadata={"help": "Longest completion that it samples."})
+    on_policy_temperature: float = field(default=1.0, metadata={"help": "Temperature of its sampling."})
+    on_policy_prompt_tokens: int = field(default=32, metadata={"help": "Length of the prompt where a text has none."})
     ema_decay: float | None = field(
         default=None, metadata={"help": "Evaluate and keep a moving average of the weights with this decay, e.g. 0.99."}
     )
@@ -190,7 +201,7 @@ class DistillConfig(SFTConfig):
         self.objective(0.5)
         self.relation_objective()
         faults = [*self._range_faults(), *self._unsupported_faults(), *self._cache_faults(), *everywhere_faults(self)]
-        faults += averages_faults(self)
+        faults += [*averages_faults(self), *on_policy_faults(self)]
         faults += released_faults(self) if self.is_released else []
         if faults:
             raise ConfigError("\n".join(faults))

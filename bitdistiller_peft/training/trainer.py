@@ -47,6 +47,7 @@ from bitdistiller_peft.training.guard import GradientGuard, not_finite
 from bitdistiller_peft.training.hidden import hidden_target
 from bitdistiller_peft.training.interrupts import GracefulStop
 from bitdistiller_peft.training.metrics import FlipCounter, Meter, RunMemory, Stopwatch
+from bitdistiller_peft.training.on_policy import OnPolicy
 from bitdistiller_peft.training.optimizer import split_groups, without_learned
 from bitdistiller_peft.training.placement import build_teacher
 from bitdistiller_peft.training.provenance import describe_loss, provenance
@@ -116,6 +117,8 @@ class DistillTrainer(SFTTrainer):
         self._hidden = hidden_target(args, base_model, self.teacher)
         self._everywhere = EveryToken() if args.divergence_tokens == ALL else None
         self._relations = Relations(args, base_model, self.teacher) if args.attention_weight else None
+        is_on_policy = args.on_policy_share > 0
+        self._on_policy = OnPolicy(args, self.processing_class, self.accelerator) if is_on_policy else None
         self._meters = {"train": Meter(), "eval": Meter()}
         self._stopwatch = Stopwatch()
         self._flips: FlipCounter | None = None
@@ -216,6 +219,8 @@ class DistillTrainer(SFTTrainer):
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
+        if self._on_policy is not None:
+            batches = self._on_policy.batches(self.model_wrapped, batches, self.state.global_step, self.state.max_steps)
         targets = sum(self._divisor(labels_of(batch)) for batch in batches)
         rows = 0 if self._relations is None else self._relations.rows(batches)
         counts = torch.tensor([targets, sum(map(num_tokens, batches)), rows], device=device)
@@ -322,6 +327,8 @@ class DistillTrainer(SFTTrainer):
         logs: dict[str, float] = {"num_tokens": tokens, "tokens_per_second": self._stopwatch.restart(tokens)}
         if isinstance(self.gamma, float):
             logs["gamma"] = self.gamma
+        if self._on_policy is not None:
+            logs |= self._on_policy.drain()
         rate = None if self._flips is None else self._flips.rate()
         return {**logs, **({} if rate is None else {"flip_rate": rate}), **self._doctor.measure()}
 
