@@ -124,11 +124,13 @@ def distill_peak(sizes: Sizes, values: dict[str, Any]) -> int:
     trained = sizes.quantized + sizes.learned
     held = sizes.base_bytes + sizes.student_bytes + optimizer_bytes(values["optim"]) * trained
     tokens = values["per_device_train_batch_size"] * values["max_length"]
-    block = tokens * sizes.kept * sizes.compute_bytes + sizes.compute_bytes * sizes.quantized // max(1, sizes.layers)
-    if values["gradient_checkpointing"]:
-        until_backward = sizes.layers * tokens * sizes.hidden * sizes.compute_bytes
-    else:
-        until_backward = sizes.layers * block
+    values_bytes = sizes.compute_bytes * sizes.quantized // max(1, sizes.layers)  # of a block's weights, fake-quantized
+    recomputes = values["gradient_checkpointing"]
+    if values["quantize_once"] and (recomputes or values["gradient_accumulation_steps"] > 1):
+        held += sizes.compute_bytes * sizes.quantized
+        values_bytes = 0
+    block = tokens * sizes.kept * sizes.compute_bytes + values_bytes
+    until_backward = sizes.layers * (tokens * sizes.hidden * sizes.compute_bytes if recomputes else block)
     logits = TILES * min(sizes.tile, tokens * sizes.vocab * FP32)
     last_block = block + tokens * sizes.passing * sizes.compute_bytes + LAYER_COPIES * FP32 * sizes.largest
     return held + max(until_backward + logits, FP32 * trained + last_block)

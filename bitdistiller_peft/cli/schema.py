@@ -96,6 +96,7 @@ DISTILL = Section(
         Option("max_length", "int", "tokens of an example", 1024),
         Option("packing", "bool", "put several examples into one sequence", False),
         Option("gradient_checkpointing", "bool", "less memory, more time", True),
+        Option("quantize_once", "bool", "once per step, not per micro-batch; keeps one more copy", True),
         Option("bf16", "any", "compute in bf16 (where the device can)"),
         Option("optim", "text", "adamw_torch_fused, adamw_8bit, ...", "adamw_torch_fused"),
         Option("logging_steps", "float", "steps between log lines", 10),

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
-from bitdistiller_peft.quantizers import QuantParams, QuantSpec
+from bitdistiller_peft.quantizers import REFERENCE_SWEEPS, QuantParams, QuantSpec, Sweeps
 
 logger = logging.getLogger(__name__)
 
@@ -28,9 +28,11 @@ AUTO = "auto"
 
 
 class Backend(ABC):
-    """The operations on packed weights. Subclasses are final."""
+    """The operations on packed weights, and fake quantization. Subclasses are final."""
 
     name: str
+    sweeps: Sweeps = REFERENCE_SWEEPS
+    """How weights are fake-quantized in training."""
 
     @abstractmethod
     def is_available(self, device: torch.device) -> bool:

@@ -5,12 +5,55 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.kernels.backend import select_backend
+from bitdistiller_peft.kernels.backend import get_backend, select_backend
 from bitdistiller_peft.kernels.reference import compute_dtype
-from bitdistiller_peft.quantizers import QuantParams, QuantSpec, quantize
-from bitdistiller_peft.quantizers import fake_quantize as fake_quantize  # the reference is its only backend so far
+from bitdistiller_peft.quantizers import REFERENCE_SWEEPS, QuantParams, QuantSpec, quantize
+from bitdistiller_peft.quantizers import fake_quantize as reference_fake_quantize
 
 __all__ = ["dequantize_packed", "fake_quantize", "packed_embedding", "packed_linear", "quantize"]
+
+
+def fake_quantize(
+    weight: Tensor,
+    spec: QuantSpec,
+    *,
+    scale: Tensor | None = None,
+    zero_point: Tensor | None = None,
+    scale_negative: Tensor | None = None,
+    scale_residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    known: Tensor | None = None,
+) -> Tensor:
+    """Round a weight to the values that its codes can hold; see `bitdistiller_peft.quantizers.fake_quantize`.
+
+    Args:
+        weight: master weight ``[..., out, in]``, any floating dtype.
+        spec: how to quantize.
+        scale: learned scale.
+        zero_point: learned (floating) or fixed (uint8) zero point.
+        scale_negative: learned scale of negative weights.
+        scale_residual: learned scale of the residual.
+        dtype: of the values.
+        known: what an earlier call returned for the same arguments.
+
+    Returns:
+        Values in `dtype`, shape of `weight`; the same on every backend.
+    """
+    is_plain = type(weight) in (Tensor, torch.nn.Parameter) and not weight.is_meta
+    sweeps = REFERENCE_SWEEPS
+    if is_plain and not torch.compiler.is_compiling():
+        sweeps = get_backend(weight.device).sweeps
+    return reference_fake_quantize(
+        weight,
+        spec,
+        scale=scale,
+        zero_point=zero_point,
+        scale_negative=scale_negative,
+        scale_residual=scale_residual,
+        dtype=dtype,
+        sweeps=sweeps,
+        known=known,
+    )
 
 
 def dequantize_packed(

@@ -37,7 +37,9 @@ from bitdistiller_peft.layers.inputs import (
     input_norm,
     linear,
     normalized,
+    weight_dtype,
 )
+from bitdistiller_peft.layers.kept import KeptValues
 from bitdistiller_peft.layers.low_rank import has_update, latent_weight
 from bitdistiller_peft.layers.packed import PackedLinear
 from bitdistiller_peft.layers.sub_norm import SUBLN_EPS, SUBLN_PLACEMENTS, SubLN, check_subln
@@ -56,6 +58,7 @@ __all__ = [
     "FakeQuantLinear",
     "FakeQuantWeight",
     "InputSpec",
+    "KeptValues",
     "PackedExperts",
     "PackedLinear",
     "SubLN",
@@ -84,4 +87,5 @@ __all__ = [
     "set_learned_params",
     "to_fake_quant_experts",
     "to_packed_experts",
+    "weight_dtype",
 ]

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from bitdistiller_peft.kernels import fake_quantize, quantize
-from bitdistiller_peft.layers.low_rank import latent_weight
+from bitdistiller_peft.layers.kept import find_kept, keep
+from bitdistiller_peft.layers.low_rank import latent_sources, latent_weight
 from bitdistiller_peft.packing import num_words, pack_codes, pack_row, row_words
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, find_params, get_quantizer, store_learned_params
 
@@ -113,16 +114,28 @@ def set_learned_params(module: nn.Module, name: str, params: QuantParams) -> Non
                 target.copy_(value)
 
 
-def fake_quantized(module: nn.Module, name: str) -> Tensor:
-    """The fp32 values that the packed parameter will hold, differentiable."""
-    return fake_quantize(
+def fake_quantized(module: nn.Module, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that the packed parameter will hold, differentiable; rounded once from fp32 to `dtype`.
+
+    They share their memory with other calls while `KeptValues` keeps them: do not write into them.
+    """
+    learned = [companion(module, name, suffix) for suffix in SUFFIXES]
+    sources = [*latent_sources(module, name), *learned]
+    known = find_kept(module, name, dtype, sources)
+    scale, zero_point, negative, residual = learned
+    values = fake_quantize(
         latent_weight(module, name),
         quant_specs(module)[name],
-        scale=companion(module, name, SCALE),
-        zero_point=companion(module, name, ZERO_POINT),
-        scale_negative=companion(module, name, SCALE_NEGATIVE),
-        scale_residual=companion(module, name, SCALE_RESIDUAL),
+        scale=scale,
+        zero_point=zero_point,
+        scale_negative=negative,
+        scale_residual=residual,
+        dtype=dtype,
+        known=known,
     )
+    if known is None:
+        keep(module, name, values, sources)
+    return values
 
 
 def quantized(module: nn.Module, name: str) -> tuple[Tensor, QuantParams]:

@@ -70,7 +70,7 @@ class FakeQuantExperts(_QuantExperts):
     """Mixin for an experts class that trains its 3-D parameters under fake quantization."""
 
     def _dense(self, name: str, inputs: Tensor) -> Tensor:
-        return fake_quantized(self, name).to(compute_dtype(inputs))  # type: ignore[arg-type]
+        return fake_quantized(self, name, compute_dtype(inputs))  # type: ignore[arg-type]
 
 
 def _with_mixin(module: nn.Module, mixin: type) -> None:

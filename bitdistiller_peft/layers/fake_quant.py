@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from bitdistiller_peft.layers.companions import attach_learned_params, fake_quantized, quant_specs
-from bitdistiller_peft.layers.inputs import activation_bits, linear, normalized
+from bitdistiller_peft.layers.inputs import activation_bits, linear, normalized, weight_dtype
 from bitdistiller_peft.layers.low_rank import attach_low_rank
 from bitdistiller_peft.quantizers import QuantSpec
 
@@ -59,9 +60,9 @@ class FakeQuantWeight(nn.Module):
         if not self.trained.weight:
             self.weight.requires_grad_(False)
 
-    def forward(self) -> Tensor:
-        """The fp32 values ``[..., out, in]`` that the packed weight will hold."""
-        return fake_quantized(self, "weight")
+    def forward(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The values ``[..., out, in]`` that the packed weight will hold, rounded once from fp32 to `dtype`."""
+        return fake_quantized(self, "weight", dtype)
 
 
 class FakeQuantLinear(nn.Linear):
@@ -73,5 +74,6 @@ class FakeQuantLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply ``[..., in]`` by the fake-quantized weight, in the dtype of the inputs (or autocast's)."""
-        weight, spec = fake_quantized(self, "weight"), quant_specs(self)["weight"]
-        return linear(normalized(self, input), weight, self.bias, spec, activation_bits(self))
+        input, bits = normalized(self, input), activation_bits(self)
+        weight = fake_quantized(self, "weight", weight_dtype(input, bits))
+        return linear(input, weight, self.bias, quant_specs(self)["weight"], bits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -55,12 +56,17 @@ def normalized(module: nn.Module, input: Tensor) -> Tensor:
     return input if norm is None else norm(input)
 
 
+def weight_dtype(input: Tensor, bits: int | None) -> torch.dtype:
+    """The dtype in which `linear` reads a fake-quantized weight: fp32 beside int8 activations, else the product's."""
+    return compute_dtype(input) if bits is None else torch.float32
+
+
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None, spec: QuantSpec, bits: int | None) -> Tensor:
     """Multiply by a fake-quantized weight, as the packed layer will.
 
     Args:
         input: ``[..., in]``, already normalized.
-        weight: fp32 ``[out, in]``, the values that the codes stand for.
+        weight: ``[out, in]``, the values that the codes stand for, in the dtype that `weight_dtype` says.
         bias: ``[out]`` or `None`.
         spec: how the weight was quantized.
         bits: activation width or `None`.

@@ -48,6 +48,11 @@ def latent_weight(module: nn.Module, name: str) -> Tensor:
         return weight + scaling * (up @ down)
 
 
+def latent_sources(module: nn.Module, name: str) -> list[Tensor | None]:
+    """The tensors that `latent_weight` reads."""
+    return [getattr(module, name), getattr(module, name + LORA_A, None), getattr(module, name + LORA_B, None)]
+
+
 def has_update(module: nn.Module, name: str) -> bool:
     """Whether a low-rank update of the parameter is there and not zero."""
     up: Tensor | None = getattr(module, name + LORA_B, None)

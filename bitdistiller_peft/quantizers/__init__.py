@@ -5,7 +5,7 @@ from bitdistiller_peft.quantizers.activation import (
     fake_quantize_activations,
     quantize_activations,
 )
-from bitdistiller_peft.quantizers.base import Gradients, Quantizer
+from bitdistiller_peft.quantizers.base import REFERENCE_SWEEPS, Extremes, Gradients, Quantizer, Sweeps
 from bitdistiller_peft.quantizers.functional import (
     dequantize,
     fake_quantize,
@@ -19,12 +19,15 @@ from bitdistiller_peft.quantizers.rounding import check_residual_scale, check_sc
 from bitdistiller_peft.quantizers.spec import SCALE_DTYPES, QuantParams, QuantSpec
 
 __all__ = [
+    "REFERENCE_SWEEPS",
     "SCALE_DTYPES",
+    "Extremes",
     "Gradients",
     "GroupSize",
     "QuantParams",
     "QuantSpec",
     "Quantizer",
+    "Sweeps",
     "check_activation_bits",
     "check_group_size",
     "check_residual_scale",

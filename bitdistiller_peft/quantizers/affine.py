@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from bitdistiller_peft.grids import AffineGrid
-from bitdistiller_peft.quantizers.base import Gradients, Quantizer, add_at_extreme
+from bitdistiller_peft.quantizers.base import REFERENCE_SWEEPS, Gradients, Quantizer, Sweeps, add_at_extreme
 from bitdistiller_peft.quantizers.rounding import round_scale_up
 from bitdistiller_peft.quantizers.spec import QuantParams, QuantSpec
 
@@ -38,11 +38,11 @@ def _zero_point(params: QuantParams, spec: QuantSpec) -> Tensor | float:
 class AffineQuantizer(Quantizer):
     """Grids ``int`` and ``int_sym``."""
 
-    def find_params(self, groups: Tensor, spec: QuantSpec) -> QuantParams:
+    def find_params(self, groups: Tensor, spec: QuantSpec, sweeps: Sweeps = REFERENCE_SWEEPS) -> QuantParams:
         """Place the grid on each group's own range (min-max); by default with zero inside it."""
         if spec.arithmetic == "default":
-            return super().find_params(groups, spec)
-        low, high = torch.aminmax(groups, dim=-1)
+            return super().find_params(groups, spec, sweeps)
+        low, high = sweeps.ends(groups)
         grid = _grid(spec)
         scale = _stored((high - low).clamp(min=LEAST_RANGE) / grid.max_code, spec)
         zero_point = torch.round(-low / scale.float()).clamp(0, grid.max_code)
@@ -85,16 +85,23 @@ class AffineQuantizer(Quantizer):
         grad_zero_point = -((grad - weight).sum(-1) * scale.squeeze(-1))
         return Gradients(weight, grad_scale, zero_point=grad_zero_point)
 
-    def add_range_gradient(self, grads: Gradients, groups: Tensor, params: QuantParams, spec: QuantSpec) -> None:
+    def add_range_gradient(
+        self,
+        grads: Gradients,
+        groups: Tensor,
+        params: QuantParams,
+        spec: QuantSpec,
+        sweeps: Sweeps = REFERENCE_SWEEPS,
+    ) -> None:
         """Follow ``scale = (max - min) / max_code`` (or its symmetric and bounded forms) to the extreme weights."""
         grid = _grid(spec)
+        low, low_index, high, high_index = sweeps.extremes(groups)
         if grid.is_symmetric:
-            index = groups.abs().argmax(-1)
-            sign = groups.gather(-1, index.unsqueeze(-1)).squeeze(-1).sign()
+            is_high = (high > -low) | ((high == -low) & (high_index < low_index))  # the first of the largest |w|
+            sign = torch.where(is_high, high, low).sign()
+            index = torch.where(is_high, high_index, low_index)
             add_at_extreme(grads.weight, index, 2 * grads.scale * sign / grid.max_code)
             return
-        low, low_index = groups.min(-1)
-        high, high_index = groups.max(-1)
         to_high, to_low = grads.scale / grid.max_code, -grads.scale / grid.max_code
         if spec.arithmetic == "released":
             is_free = high - low >= LEAST_RANGE

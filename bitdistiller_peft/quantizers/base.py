@@ -41,6 +41,51 @@ class SearchSpace(NamedTuple):
     factors: tuple[float, ...]
 
 
+class Extremes(NamedTuple):
+    """The lowest and highest weight of each group, fp32, and where each first stands, int64: all ``[..., groups]``."""
+
+    low: Tensor
+    low_index: Tensor
+    high: Tensor
+    high_index: Tensor
+
+
+class Sweeps:
+    """The passes over whole weights that fake quantization makes: here plain torch, the reference.
+
+    A backend overrides what it does faster. Values must then equal these bit for bit; gradients are sums over a group
+    and may differ in their last bits.
+    """
+
+    def ends(self, groups: Tensor) -> tuple[Tensor, Tensor]:
+        """Return each group's lowest and highest weight, fp32 ``[..., groups]``; NaN if it holds one."""
+        low, high = torch.aminmax(groups, dim=-1)
+        return low, high
+
+    def mean_magnitude(self, groups: Tensor) -> Tensor:
+        """Return the mean of ``|w|`` over each group, summed in fp64, fp32 ``[..., groups]``."""
+        return mean_magnitude(groups)
+
+    def extremes(self, groups: Tensor) -> Extremes:
+        """Find the ends of each group and where they stand."""
+        low, low_index = groups.min(-1)
+        high, high_index = groups.max(-1)
+        return Extremes(low, low_index, high, high_index)
+
+    def values(self, quantizer: Quantizer, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+        """Round to codes and return what they stand for, fp32, like `groups`."""
+        return quantizer.dequantize(quantizer.quantize(groups, params, spec), params, spec)
+
+    def gradients(
+        self, quantizer: Quantizer, grad: Tensor, groups: Tensor, params: QuantParams, spec: QuantSpec
+    ) -> Gradients:
+        """See `Quantizer.gradients`."""
+        return quantizer.gradients(grad, groups, params, spec)
+
+
+REFERENCE_SWEEPS = Sweeps()
+
+
 class Quantizer(ABC):
     """One family of grids. Subclasses are final."""
 
@@ -74,14 +119,28 @@ class Quantizer(ABC):
         """
 
     @abstractmethod
-    def add_range_gradient(self, grads: Gradients, groups: Tensor, params: QuantParams, spec: QuantSpec) -> None:
+    def add_range_gradient(
+        self,
+        grads: Gradients,
+        groups: Tensor,
+        params: QuantParams,
+        spec: QuantSpec,
+        sweeps: Sweeps = REFERENCE_SWEEPS,
+    ) -> None:
         """Add, in place, to ``grads.weight`` what reaches the weights through the scales computed from them."""
 
-    def own_gradient(self, grad: Tensor, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    def own_gradient(
+        self,
+        grad: Tensor,
+        groups: Tensor,
+        params: QuantParams,
+        spec: QuantSpec,
+        sweeps: Sweeps = REFERENCE_SWEEPS,
+    ) -> Tensor:
         """Derive fake quantization whose parameters are those of the groups themselves, as `spec.gradient` says."""
-        grads = self.gradients(grad, groups, params, spec)
+        grads = sweeps.gradients(self, grad, groups, params, spec)
         if spec.gradient == "exact":
-            self.add_range_gradient(grads, groups, params, spec)
+            self.add_range_gradient(grads, groups, params, spec, sweeps)
         return grads.weight
 
     def search_space(self, groups: Tensor, factors: tuple[float, ...]) -> SearchSpace:
@@ -93,9 +152,9 @@ class Quantizer(ABC):
         """
         return SearchSpace(*group_range(groups), factors)
 
-    def find_params(self, groups: Tensor, spec: QuantSpec) -> QuantParams:
+    def find_params(self, groups: Tensor, spec: QuantSpec, sweeps: Sweeps = REFERENCE_SWEEPS) -> QuantParams:
         """Place the grid on each group's own range, zero included (min-max)."""
-        low, high = group_range(groups)
+        low, high = group_range(groups, sweeps)
         return self.params_from_range(low, high, spec)
 
     def check(self, params: QuantParams) -> None:
@@ -111,9 +170,9 @@ class Quantizer(ABC):
             check_scale(params.scale_negative, allow_zero=True)
 
 
-def group_range(groups: Tensor) -> tuple[Tensor, Tensor]:
+def group_range(groups: Tensor, sweeps: Sweeps = REFERENCE_SWEEPS) -> tuple[Tensor, Tensor]:
     """Return each group's ``min(w, 0)`` and ``max(w, 0)``, fp32 ``[..., groups]``; NaN if the group holds one."""
-    low, high = torch.aminmax(groups, dim=-1)
+    low, high = sweeps.ends(groups)
     # Zero stays inside the range: a group of one sign would otherwise lose the small weights, or itself.
     return low.clamp(max=0), high.clamp(min=0)
 

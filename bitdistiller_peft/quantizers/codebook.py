@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bitdistiller_peft.grids import CodebookGrid
-from bitdistiller_peft.quantizers.base import Gradients, Quantizer, add_at_extreme
+from bitdistiller_peft.quantizers.base import REFERENCE_SWEEPS, Gradients, Quantizer, Sweeps, add_at_extreme
 from bitdistiller_peft.quantizers.rounding import round_scale_up
 from bitdistiller_peft.quantizers.spec import QuantParams, QuantSpec
 
@@ -76,11 +76,17 @@ class CodebookQuantizer(Quantizer):
         positive = torch.where(is_negative, 0.0, to_scale).sum(-1)
         return Gradients(weight, positive, scale_negative=torch.where(is_negative, to_scale, 0.0).sum(-1))
 
-    def add_range_gradient(self, grads: Gradients, groups: Tensor, params: QuantParams, spec: QuantSpec) -> None:
+    def add_range_gradient(
+        self,
+        grads: Gradients,
+        groups: Tensor,
+        params: QuantParams,
+        spec: QuantSpec,
+        sweeps: Sweeps = REFERENCE_SWEEPS,
+    ) -> None:
         """Follow each scale to the extreme weight that it was taken from."""
         grid = _grid(spec)
-        low, low_index = groups.min(-1)
-        high, high_index = groups.max(-1)
+        low, low_index, high, high_index = sweeps.extremes(groups)
         to_high, to_low = grads.scale / grid.levels[-1], grads.scale / grid.levels[0]
         if grads.scale_negative is not None:
             to_low = grads.scale_negative / grid.levels[0]

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitdistiller_peft.errors import WeightError
 from bitdistiller_peft.grids import ResidualGrid
+from bitdistiller_peft.quantizers.base import REFERENCE_SWEEPS, Sweeps
 from bitdistiller_peft.quantizers.grouping import to_groups
 from bitdistiller_peft.quantizers.registry import get_quantizer
 from bitdistiller_peft.quantizers.rounding import round_scale_nearest
@@ -97,6 +98,9 @@ def fake_quantize(
     zero_point: Tensor | None = None,
     scale_negative: Tensor | None = None,
     scale_residual: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    sweeps: Sweeps = REFERENCE_SWEEPS,
+    known: Tensor | None = None,
 ) -> Tensor:
     """Round a weight to the values that its codes can hold; the student's view of it.
 
@@ -110,9 +114,13 @@ def fake_quantize(
         zero_point: learned (floating) or fixed (uint8) zero point, same shape, where the grid has one.
         scale_negative: learned scale of negative weights, same shape, where the grid has one.
         scale_residual: learned scale of the residual, same shape, where the grid has one.
+        dtype: of the values.
+        sweeps: who passes over the weight.
+        known: what an earlier call returned for the same arguments, detached; it is not computed again, and shared.
 
     Returns:
-        fp32 values, shape of `weight`; equal to `dequantize(quantize(weight))` bit for bit. Differentiable with
+        Shape of `weight`, rounded once from fp32 to `dtype`; in fp32 equal to `dequantize(quantize(weight))` bit for
+        bit. Differentiable with
         respect to the weight and the learned tensors; clamped weights get no gradient.
 
     Source:
@@ -120,7 +128,7 @@ def fake_quantize(
         (arXiv 1902.08153) and LSQ+ (arXiv 2004.09576).
     """
     values: Tensor = _FakeQuantize.apply(  # type: ignore[no-untyped-call]
-        weight, spec, scale, zero_point, scale_negative, scale_residual
+        weight, _Call(spec, dtype, sweeps, known), scale, zero_point, scale_negative, scale_residual
     )
     return values
 
@@ -140,32 +148,43 @@ def _check_finite(weight: Tensor) -> None:
         raise WeightError("the weight must be finite: got NaN or Inf in it. Load an undamaged checkpoint.")
 
 
+class _Call(NamedTuple):
+    """What a call of fake quantization is given beside tensors to differentiate."""
+
+    spec: QuantSpec
+    dtype: torch.dtype
+    sweeps: Sweeps
+    known: Tensor | None
+
+
 class _FakeQuantize(torch.autograd.Function):
     """Saves only the weight and the parameters; everything else is recomputed in the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, spec: QuantSpec, *learned: Tensor | None) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, call: _Call, *learned: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight, *learned)
-        ctx.spec = spec
+        ctx.call = call
+        if call.known is not None:
+            return call.known.detach()  # another tensor on the same memory, for a graph of its own
+        spec, sweeps = call.spec, call.sweeps
         groups = to_groups(weight.detach().float(), spec.group_size)
-        params = _params(groups, learned, spec)
-        quantizer = get_quantizer(spec.grid)
-        return quantizer.dequantize(quantizer.quantize(groups, params, spec), params, spec).reshape(weight.shape)
+        params = _params(groups, learned, call)
+        return sweeps.values(get_quantizer(spec.grid), groups, params, spec).reshape(weight.shape).to(call.dtype)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         weight, *learned = ctx.saved_tensors
-        spec: QuantSpec = ctx.spec
+        spec, sweeps = ctx.call.spec, ctx.call.sweeps
         quantizer = get_quantizer(spec.grid)
         groups = to_groups(weight.detach().float(), spec.group_size)
-        params = _params(groups, learned, spec)
+        params = _params(groups, learned, ctx.call)
         upstream = to_groups(grad.float(), spec.group_size)
         scale, zero_point, negative, residual = learned
         if scale is None:
-            own = quantizer.own_gradient(upstream, groups, params, spec)
+            own = quantizer.own_gradient(upstream, groups, params, spec, sweeps)
             return (own.reshape(weight.shape).to(weight.dtype), None, None, None, None, None)
-        grads = quantizer.gradients(upstream, groups, params, spec)
+        grads = sweeps.gradients(quantizer, upstream, groups, params, spec)
         return (
             grads.weight.reshape(weight.shape).to(weight.dtype),
             None,
@@ -176,12 +195,12 @@ class _FakeQuantize(torch.autograd.Function):
         )
 
 
-def _params(groups: Tensor, learned: Sequence[Tensor | None], spec: QuantSpec) -> QuantParams:
+def _params(groups: Tensor, learned: Sequence[Tensor | None], call: _Call) -> QuantParams:
     """The parameters of a forward pass; `learned` has the fields of `QuantParams`, all `None` if nothing is learned."""
     scale, *others = learned
     if scale is None:
-        return get_quantizer(spec.grid).find_params(groups, spec)
-    return store_learned_params(QuantParams(scale, *others), spec)
+        return get_quantizer(call.spec.grid).find_params(groups, call.spec, call.sweeps)
+    return store_learned_params(QuantParams(scale, *others), call.spec)
 
 
 def _like(grad: Tensor | None, param: Tensor | None) -> Tensor | None:

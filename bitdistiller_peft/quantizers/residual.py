@@ -25,7 +25,15 @@ from torch import Tensor
 
 from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.grids import ResidualGrid
-from bitdistiller_peft.quantizers.base import Gradients, Quantizer, SearchSpace, mean_magnitude, wide_dtype
+from bitdistiller_peft.quantizers.base import (
+    REFERENCE_SWEEPS,
+    Gradients,
+    Quantizer,
+    SearchSpace,
+    Sweeps,
+    mean_magnitude,
+    wide_dtype,
+)
 from bitdistiller_peft.quantizers.rounding import check_residual_scale, check_scale, round_scale_up
 from bitdistiller_peft.quantizers.spec import TIED_SPARE_BITS, QuantParams, QuantSpec
 
@@ -69,7 +77,7 @@ class ResidualQuantizer(Quantizer):
         """
         raise ConfigError(_NO_RANGE)
 
-    def find_params(self, groups: Tensor, spec: QuantSpec) -> QuantParams:
+    def find_params(self, groups: Tensor, spec: QuantSpec, sweeps: Sweeps = REFERENCE_SWEEPS) -> QuantParams:
         """Compute both scales in closed form, refined as `spec.refine` says."""
         return _fit(groups, spec).params
 
@@ -96,7 +104,14 @@ class ResidualQuantizer(Quantizer):
             return Gradients(grad.clone(), to_scale + to_residual / 2)
         return Gradients(grad.clone(), to_scale, scale_residual=to_residual)
 
-    def add_range_gradient(self, grads: Gradients, groups: Tensor, params: QuantParams, spec: QuantSpec) -> None:
+    def add_range_gradient(
+        self,
+        grads: Gradients,
+        groups: Tensor,
+        params: QuantParams,
+        spec: QuantSpec,
+        sweeps: Sweeps = REFERENCE_SWEEPS,
+    ) -> None:
         """Follow both scales to the weights whose means they are; the codes are constants."""
         fit = _fit(groups, spec)
         fitted = _to_magnitudes_fitted(grads, fit.is_outer)

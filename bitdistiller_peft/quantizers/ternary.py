@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from bitdistiller_peft.quantizers.affine import AffineQuantizer
-from bitdistiller_peft.quantizers.base import Gradients, SearchSpace, mean_magnitude
+from bitdistiller_peft.quantizers.base import REFERENCE_SWEEPS, Gradients, SearchSpace, Sweeps, mean_magnitude
 from bitdistiller_peft.quantizers.rounding import round_scale_up
 from bitdistiller_peft.quantizers.spec import QuantParams, QuantSpec
 
@@ -19,9 +19,9 @@ from bitdistiller_peft.quantizers.spec import QuantParams, QuantSpec
 class TernaryQuantizer(AffineQuantizer):
     """Grid ``ternary``: rounds and comes back like integers with zero point 1; only its scale is another."""
 
-    def find_params(self, groups: Tensor, spec: QuantSpec) -> QuantParams:
+    def find_params(self, groups: Tensor, spec: QuantSpec, sweeps: Sweeps = REFERENCE_SWEEPS) -> QuantParams:
         """Take the mean magnitude of each group for its scale (absmean); an all-zero group gets scale 1."""
-        return _stored(mean_magnitude(groups), spec)
+        return _stored(sweeps.mean_magnitude(groups), spec)
 
     def params_from_range(self, low: Tensor, high: Tensor, spec: QuantSpec) -> QuantParams:
         """Let the levels -1 and 1 meet the wider end of the range; an empty range gets scale 1."""
@@ -32,14 +32,28 @@ class TernaryQuantizer(AffineQuantizer):
         scale = mean_magnitude(groups)
         return SearchSpace(-scale, scale, tuple(1 / factor for factor in factors))
 
-    def own_gradient(self, grad: Tensor, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Tensor:
+    def own_gradient(
+        self,
+        grad: Tensor,
+        groups: Tensor,
+        params: QuantParams,
+        spec: QuantSpec,
+        sweeps: Sweeps = REFERENCE_SWEEPS,
+    ) -> Tensor:
         """Follow the scale to all weights (``"exact"``), or pass `grad` on to every weight, as published (``"ste"``).
 
         Published is the identity, for clamped weights too: a third of them would otherwise never move again.
         """
-        return grad if spec.gradient == "ste" else super().own_gradient(grad, groups, params, spec)
+        return grad if spec.gradient == "ste" else super().own_gradient(grad, groups, params, spec, sweeps)
 
-    def add_range_gradient(self, grads: Gradients, groups: Tensor, params: QuantParams, spec: QuantSpec) -> None:
+    def add_range_gradient(
+        self,
+        grads: Gradients,
+        groups: Tensor,
+        params: QuantParams,
+        spec: QuantSpec,
+        sweeps: Sweeps = REFERENCE_SWEEPS,
+    ) -> None:
         """Follow ``scale = mean|w|`` to every weight of the group."""
         grads.weight.add_(groups.sign() * (grads.scale / groups.shape[-1]).unsqueeze(-1))
 

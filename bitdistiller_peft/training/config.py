@@ -78,6 +78,9 @@ class DistillConfig(SFTConfig):
         on_policy_prompt_tokens: length of the prompt that is taken from a text without one.
         ema_decay: evaluate, and in the end keep, an exponential moving average of what is trained, of which each step
             keeps this much; in a run of a few hundred steps 0.95 to 0.99. `None` keeps the last step.
+        quantize_once: where an optimizer step has several micro-batches, or gradient checkpointing is on, quantize each
+            weight once per step and keep the values until it ends, in the dtype of the products. Nothing else changes;
+            set it to False where that copy of the weights does not fit. Never done under FSDP or DeepSpeed.
         log_flip_rate: log the share of codes that changed since the last log.
         flip_rate_layers: how many quantized weights that share is measured on, evenly spread; `-1` for all.
         bf16: as in `SFTConfig`, but unsaid it is off on a processor without instructions for bf16.
@@ -155,6 +158,9 @@ class DistillConfig(SFTConfig):
     on_policy_prompt_tokens: int = field(default=32, metadata={"help": "Length of the prompt where a text has none."})
     ema_decay: float | None = field(
         default=None, metadata={"help": "Evaluate and keep a moving average of the weights with this decay, e.g. 0.99."}
+    )
+    quantize_once: bool = field(
+        default=True, metadata={"help": "Quantize once per optimizer step, not once per micro-batch; one more copy."}
     )
     log_flip_rate: bool = field(default=True, metadata={"help": "Log the share of codes that changed."})
     flip_rate_layers: int = field(

@@ -1,11 +1,23 @@
-"""Learning rates of their own for scales and zero points, and no weight decay on either."""
+"""Learning rates of their own for scales and zero points, no weight decay on either; quantizing once per step."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import torch
 from torch import nn
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from bitdistiller_peft.layers import SCALE, SCALE_NEGATIVE, SCALE_RESIDUAL, ZERO_POINT
+from bitdistiller_peft.layers import (
+    SCALE,
+    SCALE_NEGATIVE,
+    SCALE_RESIDUAL,
+    ZERO_POINT,
+    KeptValues,
+    iter_quantized,
+)
 from bitdistiller_peft.training.metrics import learned_parameters
 
 SCALES = (SCALE, SCALE_NEGATIVE, SCALE_RESIDUAL)
@@ -41,3 +53,50 @@ def split_groups(
             if own:
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
                 optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+
+
+def recomputes(args: TrainingArguments) -> bool:
+    """Whether forward passes are run again on the way back, under either of transformers' names for it."""
+    return bool(args.gradient_checkpointing or getattr(args, "activation_checkpointing", False))
+
+
+class QuantizeOnce(TrainerCallback):
+    """Lets the micro-batches of an optimizer step, and the second forward of gradient checkpointing, share values."""
+
+    def __init__(self) -> None:
+        self._kept: KeptValues | None = None
+
+    @contextmanager
+    def keeping(self, trainer: Trainer) -> Iterator[None]:
+        """Keep values, if a step will ask for them again and they may be kept whole; on leaving, all are freed.
+
+        Args:
+            trainer: of the student, with a `DistillConfig`.
+        """
+        args: Any = trainer.args
+        is_sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+        repeats = args.gradient_accumulation_steps > 1 or recomputes(args)
+        if is_sharded or not repeats or not args.quantize_once:
+            yield
+            return
+        self._kept = KeptValues({id(m): m for _, m, _, _ in iter_quantized(trainer.model)}.values())
+        self._kept.start()
+        try:
+            yield
+        finally:
+            self._kept.stop()
+            self._kept = None
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Forget: a checkpoint may have been loaded."""
+        self._forget()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Forget: the optimizer has written the weights, perhaps past their version counters, as 8-bit ones do."""
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._kept is not None:
+            self._kept.forget()

@@ -48,7 +48,7 @@ from bitdistiller_peft.training.hidden import hidden_target
 from bitdistiller_peft.training.interrupts import GracefulStop
 from bitdistiller_peft.training.metrics import FlipCounter, Meter, RunMemory, Stopwatch
 from bitdistiller_peft.training.on_policy import OnPolicy
-from bitdistiller_peft.training.optimizer import split_groups, without_learned
+from bitdistiller_peft.training.optimizer import QuantizeOnce, split_groups, without_learned
 from bitdistiller_peft.training.placement import build_teacher
 from bitdistiller_peft.training.provenance import describe_loss, provenance
 from bitdistiller_peft.training.relations import Relations
@@ -125,6 +125,8 @@ class DistillTrainer(SFTTrainer):
         self._objective: Objective | None = None
         self.add_callback(RunMemory())
         self.add_callback(GradientGuard())
+        self._once = QuantizeOnce()
+        self.add_callback(self._once)
         self._doctor = Doctor(args)
         self.add_callback(self._doctor)
         self._averages = WeightAverages(args.ema_decay)
@@ -203,7 +205,7 @@ class DistillTrainer(SFTTrainer):
         self._objective = self._flips = None
         self.memory.num_tokens = 0
         self._meters["train"] = Meter()
-        with self._stop.listening(), self._doctor.attending():
+        with self._stop.listening(), self._doctor.attending(), self._once.keeping(self):
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._stop.leave()
         return output

@@ -27,6 +27,7 @@ from bitdistiller_peft.layers import (
     forward_with,
     linear,
     quant_specs,
+    weight_dtype,
 )
 from bitdistiller_peft.quantizers import QuantSpec
 
@@ -235,9 +236,9 @@ class BitDistillerLayer(nn.Module, BaseTunerLayer):
         students = {name: self.active_student(name) for name in self.parameter_names}
         if any(student is None for student in students.values()):
             return self.base_layer(*args, **kwargs)
-        return self._forward_quantized({n: s() for n, s in students.items() if s is not None}, *args, **kwargs)
+        return self._forward_quantized({n: s for n, s in students.items() if s is not None}, *args, **kwargs)
 
-    def _forward_quantized(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def _forward_quantized(self, students: dict[str, FakeQuantWeight], *args: Any, **kwargs: Any) -> Any:
         raise NotImplementedError
 
 
@@ -251,13 +252,13 @@ class BitDistillerLinear(BitDistillerLayer):
         else:
             self.out_features, self.in_features = base_layer.out_features, base_layer.in_features
 
-    def _forward_quantized(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def _forward_quantized(self, students: dict[str, FakeQuantWeight], *args: Any, **kwargs: Any) -> Any:
         (inputs,) = (*args, *kwargs.values())
-        adapter_name = self.active_name
-        norm = self.input_norm(adapter_name)
-        spec = quant_specs(self.student("weight", adapter_name))["weight"]
+        adapter_name, student = self.active_name, students["weight"]
+        norm, bits = self.input_norm(adapter_name), self.activation_bits[adapter_name]
         inputs = inputs if norm is None else norm(inputs)
-        return linear(inputs, weights["weight"], self.bias, spec, self.activation_bits[adapter_name])  # type: ignore[arg-type]
+        weight = student(weight_dtype(inputs, bits))
+        return linear(inputs, weight, self.bias, quant_specs(student)["weight"], bits)  # type: ignore[arg-type]
 
 
 class BitDistillerExperts(BitDistillerLayer):
@@ -266,9 +267,9 @@ class BitDistillerExperts(BitDistillerLayer):
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__(base_layer, expert_parameters(base_layer))
 
-    def _forward_quantized(self, weights: dict[str, Tensor], *args: Any, **kwargs: Any) -> Any:
+    def _forward_quantized(self, students: dict[str, FakeQuantWeight], *args: Any, **kwargs: Any) -> Any:
         dtype = compute_dtype(args[0] if args else next(iter(kwargs.values())))
-        dense = {name: values.to(dtype) for name, values in weights.items()}
+        dense = {name: student(dtype) for name, student in students.items()}
         return forward_with(self.base_layer, dense, type(self.base_layer).forward, *args, **kwargs)
 
 

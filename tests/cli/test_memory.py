@@ -26,6 +26,8 @@ TRAINING: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "max_length": 128,
     "gradient_checkpointing": True,
+    "gradient_accumulation_steps": 1,
+    "quantize_once": True,
 }
 
 
@@ -75,7 +77,11 @@ def test_more_at_once_never_takes_less_and_checkpointing_never_more(optimizer: s
     values = {**TRAINING, "optim": optimizer, "per_device_train_batch_size": batch}
     peak = memory.distill_peak(SIZES, values)
     assert peak <= memory.distill_peak(SIZES, {**values, "per_device_train_batch_size": batch + 1})
-    assert peak <= memory.distill_peak(SIZES, {**values, "gradient_checkpointing": False})
+    assert memory.distill_peak(SIZES, {**values, "quantize_once": False}) <= peak
+    rarely = {**values, "quantize_once": False}
+    assert memory.distill_peak(SIZES, rarely) <= memory.distill_peak(SIZES, {**rarely, "gradient_checkpointing": False})
+    several = {**values, "gradient_checkpointing": False, "gradient_accumulation_steps": 4}
+    assert memory.distill_peak(SIZES, several) >= memory.distill_peak(SIZES, {**several, "quantize_once": False})
     assert peak <= memory.distill_peak(SIZES, {**values, "optim": "adamw_torch"})
 
 
@@ -86,7 +92,9 @@ def test_peaks_by_hand() -> None:
     block = tokens * (10 * HIDDEN + 4 * INTERMEDIATE) * 4 + SIZES.quantized // 2 * 4
     passing = tokens * max(8 * HIDDEN, 2 * HIDDEN + 3 * INTERMEDIATE) * 4 + 6 * 4 * SIZES.largest
     end = SIZES.base_bytes + 4 * trained + 8 * trained + 4 * trained + block + passing
-    assert memory.distill_peak(SIZES, TRAINING) == end
+    assert memory.distill_peak(SIZES, {**TRAINING, "quantize_once": False}) == end
+    kept = 4 * SIZES.quantized  # of all blocks at once, in place of this one's
+    assert memory.distill_peak(SIZES, TRAINING) == end + kept - SIZES.quantized // 2 * 4
     many = {**TRAINING, "max_length": 1 << 17}  # the loss: three tiles of 64 MiB, and a hidden state per block
     states = 2 * 2 * (1 << 17) * HIDDEN * 4
     assert memory.distill_peak(replace(SIZES, hidden=HIDDEN, intermediate=1, kv_width=1), many) >= states

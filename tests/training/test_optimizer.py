@@ -1,12 +1,17 @@
-"""Scales and zero points have learning rates of their own, and no weight decay."""
+"""Scales and zero points have learning rates of their own, and no weight decay; weights are quantized once per step."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from bitdistiller_peft import use_backend
+from bitdistiller_peft.layers import iter_quantized
+from bitdistiller_peft.layers.kept import KEPT
+from bitdistiller_peft.quantizers import Sweeps
 from tests.training import helpers
 
 STUDENT = {"learn_zero_point": True}
@@ -90,3 +95,54 @@ def test_only_large_tensors_have_8_bit_states(bases: Path, tmp_path: Path) -> No
         if parameter.requires_grad:
             is_narrow = states[parameter]["state1"].dtype == torch.uint8
             assert is_narrow == (parameter.numel() >= 4096), name
+
+
+# ------------------------------------------------------------------------------------------------- quantizing once
+
+
+def quantized_in(bases: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> tuple[int, dict]:
+    """How often a layer was quantized in a step of its student, and what the step made of the weights."""
+    calls: list[int] = []
+    original = Sweeps.values
+
+    def values(self: Sweeps, *args: Any) -> torch.Tensor:
+        calls.append(1)
+        return original(self, *args)
+
+    monkeypatch.setattr(Sweeps, "values", values)
+    model = helpers.student(bases)
+    run = helpers.trainer(model, folder, per_device_train_batch_size=2, max_steps=2, log_flip_rate=False, doctor=False,
+                          **changes)  # fmt: skip
+    with use_backend("reference"):
+        calls.clear()
+        run.train()
+    layers = len(list(iter_quantized(model)))
+    assert len(calls) % layers == 0
+    assert not any(KEPT in module.__dict__ for module in model.modules())
+    return len(calls) // layers, helpers.weights(model)
+
+
+@pytest.mark.parametrize(
+    ("changes", "plainly"),
+    [
+        ({"gradient_accumulation_steps": 4}, 8),
+        ({"gradient_checkpointing": True}, 4),
+        ({"gradient_accumulation_steps": 2, "gradient_checkpointing": True, "optim": "adamw_torch"}, 8),
+    ],
+)
+def test_weights_are_quantized_once_per_step(
+    changes: dict[str, Any], plainly: int, bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often, wanted = quantized_in(bases, tmp_path / "often", monkeypatch, quantize_once=False, **changes)
+    once, got = quantized_in(bases, tmp_path / "once", monkeypatch, **changes)
+    assert (often, once) == (plainly, 2)
+    assert helpers.difference(got, wanted) == 0
+
+
+def test_an_optimizer_that_writes_past_the_version_counters_is_followed(
+    bases: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"optim": "adamw_bnb_8bit", "gradient_accumulation_steps": 2, "learning_rate": 0.01}
+    _, wanted = quantized_in(bases, tmp_path / "often", monkeypatch, quantize_once=False, **changes)
+    _, got = quantized_in(bases, tmp_path / "once", monkeypatch, **changes)
+    assert helpers.difference(got, wanted) == 0

@@ -33,6 +33,7 @@ SAVINGS: dict[str, tuple[tuple[str, Any], ...]] = {
     "cache": (("batch_size", 1),),
     "distill": (
         ("gradient_checkpointing", True),
+        ("quantize_once", False),
         ("per_device_train_batch_size", 1),
         ("optim", "adamw_8bit"),
         ("max_length", 256),

@@ -8,6 +8,7 @@ from torch import Tensor
 from bitdistiller_peft.errors import WeightError
 from bitdistiller_peft.kernels.backend import Backend, register_backend
 from bitdistiller_peft.kernels.cpu import ops
+from bitdistiller_peft.kernels.cpu.fake import SWEEPS
 from bitdistiller_peft.kernels.cpu.library import ISAS, isa, load
 from bitdistiller_peft.kernels.cpu.tables import grid_key, table_form
 from bitdistiller_peft.kernels.cpu.weights import STREAMS
@@ -23,6 +24,7 @@ class CpuBackend(Backend):
     """Grids of up to 4 bits with tables, 8-bit integers; fp32, bf16 and fp16."""
 
     name = "cpu"
+    sweeps = SWEEPS
 
     def is_available(self, device: torch.device) -> bool:
         """On CPUs, where the kernels could be compiled."""

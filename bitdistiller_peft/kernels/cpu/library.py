@@ -44,6 +44,19 @@ class StreamStruct(ctypes.Structure):
     )
 
 
+class FakeStruct(ctypes.Structure):
+    """`BdFake` of csrc/fake.h: a float weight in runs, and the parameters of its groups."""
+
+    _fields_ = (
+        *((name, c_void_p) for name in ("weight", "grad", "scale", "second", "out", "to_scale", "to_second")),
+        *((name, c_int64) for name in ("runs", "size", "runs_per_group")),
+        *((name, c_int32) for name in ("family", "num_levels")),
+        *((name, c_float) for name in ("max_code", "zero_point", "lowest", "highest")),
+        ("levels", c_float * 16),
+        ("midpoints", c_float * 16),
+    )
+
+
 _SIGNATURES = {
     "bd_version": (c_int32, ()),
     "bd_best_isa": (c_int32, ()),
@@ -55,6 +68,11 @@ _SIGNATURES = {
         c_int32,
         (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32, c_int32),
     ),
+    "bd_fake_quantize": (None, (POINTER(FakeStruct), c_int32, c_int32)),
+    "bd_fake_quantize_backward": (None, (POINTER(FakeStruct), c_int32, c_int32)),
+    "bd_ends": (None, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32, c_int32)),
+    "bd_magnitudes": (None, (c_void_p, c_int64, c_int64, c_void_p, c_int32, c_int32)),
+    "bd_places": (None, (c_void_p, c_int64, c_int64, *(c_void_p,) * 4, c_int32)),
     "bd_dequantize": (None, (POINTER(WeightStruct), c_int64, c_int64, c_void_p, c_int32, c_int32, c_int32)),
 }
 

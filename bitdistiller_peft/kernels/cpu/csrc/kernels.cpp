@@ -1,4 +1,4 @@
-// The C interface: which instruction sets there are, re-layout, multiplication, dequantization.
+// The C interface: which instruction sets there are, re-layout, multiplication, dequantization, fake quantization.
 //
 // Pointers and sizes come from Python, which has checked them. Nothing here allocates more than a copy of the inputs,
 // throws across the border, or keeps state between calls, so any number of threads may call at once.
@@ -11,6 +11,7 @@
 
 #include "avx2.h"
 #include "avx512.h"
+#include "fake.h"
 #include "layout.h"
 #include "parallel.h"
 #include "portable.h"
@@ -121,6 +122,31 @@ void dequantize_row(const BdWeight& w, int64_t row, void* out, int type, int isa
     }
 }
 
+// The loops of fake.h, compiled once for each instruction set: `BD_EACH_ISA(name, parameters, arguments)` defines
+// `name` for ranges of runs.
+#ifdef BD_X86
+#define BD_EACH_ISA(name, parameters, arguments)                                                                \
+    void name##_portable parameters { fake::name arguments; }                                                   \
+    __attribute__((target("avx2,fma"))) void name##_avx2 parameters { fake::name arguments; }                   \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void name##_avx512 parameters {               \
+        fake::name arguments;                                                                                   \
+    }                                                                                                           \
+    auto name##_for(int isa) {                                                                                  \
+        return isa >= kAvx512 ? name##_avx512 : isa >= kAvx2 ? name##_avx2 : name##_portable;                   \
+    }
+#else
+#define BD_EACH_ISA(name, parameters, arguments)                                                                \
+    void name##_portable parameters { fake::name arguments; }                                                   \
+    auto name##_for(int) { return name##_portable; }
+#endif
+
+BD_EACH_ISA(forward, (const BdFake& call, int64_t first, int64_t last), (call, first, last))
+BD_EACH_ISA(backward, (const BdFake& call, int64_t first, int64_t last), (call, first, last))
+BD_EACH_ISA(ends, (const float* w, int64_t size, float* low, float* high, int64_t first, int64_t last),
+            (w, size, low, high, first, last))
+BD_EACH_ISA(magnitudes, (const float* w, int64_t size, double* sums, int64_t first, int64_t last),
+            (w, size, sums, first, last))
+
 }  // namespace
 
 extern "C" {
@@ -203,6 +229,41 @@ void bd_dequantize(const BdWeight* w, int64_t first, int64_t last, void* out, in
     uint8_t* base = static_cast<uint8_t*>(out) - first * w->cols * (type == kDenseFloat ? 4 : 2);
     parallel(last - first, threads, [=](int64_t begin, int64_t end) {
         for (int64_t row = first + begin; row < first + end; ++row) dequantize_row(*w, row, base, type, isa);
+    });
+}
+
+// The values that the codes of a weight stand for.
+void bd_fake_quantize(const BdFake* call, int32_t isa, int32_t threads) {
+    const auto kernel = forward_for(isa);
+    parallel(call->runs, threads, [=](int64_t first, int64_t last) { kernel(*call, first, last); });
+}
+
+// The gradients of the weight and of its parameters, these held fixed.
+void bd_fake_quantize_backward(const BdFake* call, int32_t isa, int32_t threads) {
+    const auto kernel = backward_for(isa);
+    parallel(call->runs, threads, [=](int64_t first, int64_t last) { kernel(*call, first, last); });
+}
+
+// Lowest and highest weight of every run.
+void bd_ends(const float* weight, int64_t runs, int64_t size, float* low, float* high, int32_t isa, int32_t threads) {
+    const auto kernel = ends_for(isa);
+    parallel(runs, threads, [=](int64_t first, int64_t last) { kernel(weight, size, low, high, first, last); });
+}
+
+// Sums of magnitudes of every run.
+void bd_magnitudes(const float* weight, int64_t runs, int64_t size, double* sums, int32_t isa, int32_t threads) {
+    const auto kernel = magnitudes_for(isa);
+    parallel(runs, threads, [=](int64_t first, int64_t last) { kernel(weight, size, sums, first, last); });
+}
+
+// Where each run first holds its lowest and highest weight.
+void bd_places(const float* weight, int64_t runs, int64_t size, const float* low, const float* high, int64_t* lowest,
+               int64_t* highest, int32_t threads) {
+    parallel(runs, threads, [=](int64_t first, int64_t last) {
+        for (int64_t run = first; run < last; ++run) {
+            lowest[run] = fake::place_of(weight + run * size, size, low[run]);
+            highest[run] = fake::place_of(weight + run * size, size, high[run]);
+        }
     });
 }
 
