@@ -239,7 +239,7 @@ class Display:
     def show(self, slot: Slot, weight: Tensor) -> None:
         """Present `weight` in place of the slot's fake-quantized one."""
         self._shown[id(slot.student)] = slot.student
-        slot.student.__dict__["forward"] = lambda: weight
+        slot.student.__dict__["forward"] = lambda dtype=torch.float32: weight.to(dtype)
 
     def hide(self, slots: Iterable[Slot]) -> None:
         """Let some students speak for themselves again."""
