@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bitdistiller_peft.cli.precision import load_dtype
 from bitdistiller_peft.cli.verb import Console, Settings
 from bitdistiller_peft.errors import BitDistillerError, CheckpointError, ConfigError
 
@@ -158,7 +159,8 @@ def _load_plain(source: str, settings: Settings, device: str, *, key: str, revis
     is_other = settings["eval.verify"] not in (None, "fast") and _is_ours(Path(source))
     more = {"quantization_config": _verify(settings)} if is_other else {}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=settings["dtype"], revision=revision, **more)
+        dtype = load_dtype(source, settings, device, revision)
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, revision=revision, **more)
     except BitDistillerError:
         raise
     except OSError as error:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitdistiller_peft.cli.verb import Console
+from bitdistiller_peft.cli.precision import restore_dtype, stored_dtype
+from bitdistiller_peft.cli.verb import Console, Settings
 
 
-def save_packed(student: Any, tokenizer: Any, folder: Path, console: Console) -> dict[str, Any]:
+def save_packed(student: Any, tokenizer: Any, folder: Path, console: Console, settings: Settings) -> dict[str, Any]:
     """Pack a student and save it with its tokenizer.
 
     Args:
@@ -16,6 +17,7 @@ def save_packed(student: Any, tokenizer: Any, folder: Path, console: Console) ->
         tokenizer: goes beside the weights.
         folder: where to.
         console: gets the summary.
+        settings: for `dtype` and `model`, whose dtype the plain weights are stored in where it is free.
 
     Returns:
         ``packed``, ``bits_per_weight`` and ``bytes``, of the weight files.
@@ -23,6 +25,8 @@ def save_packed(student: Any, tokenizer: Any, folder: Path, console: Console) ->
     from bitdistiller_peft.hub import quant_summary
 
     model = student.pack_and_unload()
+    if settings["dtype"] == "auto":
+        restore_dtype(model, stored_dtype(settings["model"], settings["revision"]))
     summary = quant_summary(model)
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)  # last: it writes the manifest

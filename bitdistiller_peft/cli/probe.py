@@ -11,6 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
+from bitdistiller_peft.cli.precision import compute_dtype
 from bitdistiller_peft.cli.verb import Settings
 
 PROBE_TOKENS = 256
@@ -76,8 +77,8 @@ def _model(config: Any, settings: Settings, blocks: int, device: str) -> Any:
     text.num_hidden_layers = blocks
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:blocks]
-    asked = settings["dtype"] if settings["dtype"] != "auto" else getattr(config, "dtype", None) or "float32"
-    dtype = getattr(torch, asked) if isinstance(asked, str) else asked
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    dtype = getattr(torch, compute_dtype(settings["dtype"], stored, device))
     with torch.random.fork_rng():
         return AutoModelForCausalLM.from_config(small, dtype=dtype).to(device)
 

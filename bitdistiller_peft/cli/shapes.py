@@ -6,17 +6,19 @@ import math
 from typing import Any
 
 from bitdistiller_peft.cli.memory import Sizes
+from bitdistiller_peft.cli.precision import compute_dtype
 from bitdistiller_peft.cli.verb import Settings
 from bitdistiller_peft.errors import BitDistillerError, ConfigError, add_location
 
 _DTYPES = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
-def measure(settings: Settings) -> Sizes:
+def measure(settings: Settings, device: str) -> Sizes:
     """Build the model without memory and add up.
 
     Args:
         settings: for `model`, `dtype` and `quant:`.
+        device: where it will run, which may decide what it is computed in.
 
     Raises:
         ConfigError: no such model, or settings that cannot work.
@@ -36,7 +38,10 @@ def measure(settings: Settings) -> Sizes:
         raise ConfigError(f"`model` must be a folder or a name on the Hub that can be read: {reason}") from None
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    width = _element_size(config, settings["dtype"])
+    stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+    asked = settings["dtype"]
+    width = _DTYPES.get(compute_dtype(asked, stored, device), 4)
+    saved = _DTYPES.get(stored if asked == "auto" else asked, 4)
     shapes = _targets(model, quant)
     packed = sum(packed_bytes(spec, shape) for _, shape, spec in shapes)
     quantized = sum(math.prod(shape) for _, shape, _ in shapes)
@@ -45,7 +50,7 @@ def measure(settings: Settings) -> Sizes:
         base_bytes=weights * width,
         quantized=quantized,
         learned=_learned(quant, shapes),
-        packed_bytes=packed + (weights - quantized) * width,
+        packed_bytes=packed + (weights - quantized) * saved,
         weights=weights,
         largest=max(math.prod(shape[-2:]) for _, shape, _ in shapes),
         compute_bytes=width,
@@ -84,11 +89,6 @@ def _learned(quant: Any, shapes: list[tuple[str, tuple[int, ...], Any]]) -> int:
         return 0
     sides = 1 + int(bool(quant.learn_zero_point))
     return sum(math.prod(spec.param_shape(shape)) * sides for _, shape, spec in shapes)
-
-
-def _element_size(config: Any, dtype: str) -> int:
-    name = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.") if dtype == "auto" else dtype
-    return _DTYPES.get(name, 4)
 
 
 def _architecture(config: Any) -> dict[str, int]:

@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,6 +18,7 @@ import numpy as np
 from torch import nn
 
 from bitdistiller_peft.errors import ConfigError, DataError
+from bitdistiller_peft.evaluation.programs import own_metric
 from bitdistiller_peft.evaluation.state import detect_state
 from bitdistiller_peft.evaluation.task_results import TaskResults, TaskScore, mean_samples
 from bitdistiller_peft.evaluation.task_sources import open_tasks
@@ -62,8 +63,9 @@ def evaluate_tasks(
         apply_chat_template: put each question into the tokenizer's chat template.
         task_folder: a folder with task files besides lm-eval's own.
         data_folder: a folder with the data of every task that is asked for; groups are scored task by task.
-        allow_code_execution: let tasks run the programs that the model writes (HumanEval, MBPP). They run on this
-            machine, with your rights; and their metric, a program too, is fetched from the Hub.
+        allow_code_execution: let tasks run the programs that the model writes (HumanEval, MBPP): on this machine, with
+            your rights, each in a process, an empty environment and a folder of its own, with limits of time and
+            memory. That is no wall against a hostile program: use a container.
         allow_latent: score the float master weights of a latent checkpoint as they are.
 
     Returns:
@@ -209,12 +211,13 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _consent(is_given: bool) -> Iterator[None]:
-    """What the metric of code tasks looks for before it runs anything."""
+    """Leave to run programs, as lm-eval's tasks look for it, and our metric that runs them."""
     before = os.environ.pop(_CONSENT, None)
     if is_given:
         os.environ[_CONSENT] = "1"
     try:
-        yield
+        with own_metric() if is_given else nullcontext():
+            yield
     finally:
         os.environ.pop(_CONSENT, None)
         if before is not None:

@@ -155,6 +155,22 @@ def test_code_runs_only_with_leave(
     assert os.environ["HF_ALLOW_CODE_EVAL"] == "1"
 
 
+@pytest.mark.slow  # a thousand tokens for each answer, as HumanEval has it
+def test_humaneval_runs_from_files(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    problem = {"task_id": "x/0", "entry_point": "f", "canonical_solution": ""}
+    body = 'def f():\n    """One."""\n    return 1\n'
+    checks = [
+        "def check(candidate):\n    assert candidate() == 1",
+        "def check(candidate):\n    assert candidate() == 2",
+    ]
+    rows = [problem | {"prompt": f"{body}# ", "test": check} for check in checks]  # whatever follows is a comment
+    (tmp_path / "humaneval").mkdir()
+    (tmp_path / "humaneval" / "test.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    found = evaluate_tasks(model, tokenizer, "humaneval", data_folder=tmp_path, allow_code_execution=True)
+    (score,) = found.scores
+    assert (score.name, score.samples) == ("humaneval/pass@1/create_test", (1.0, 0.0))
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -81,7 +81,7 @@ def _calibrate(settings: Settings, console: Console, texts: list[str] | None, fo
         "data": dict(found.data),
     }
     if values["pack"]:
-        result |= save_packed(student, tokenizer, folder / "packed", console)
+        result |= save_packed(student, tokenizer, folder / "packed", console, settings)
     else:
         console.say(f"\nstudent: {folder / 'student'} (latent: not yet the quantized model)")
     return result

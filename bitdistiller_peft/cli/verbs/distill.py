@@ -9,6 +9,7 @@ from typing import Any
 
 from bitdistiller_peft.cli import models, output, stages
 from bitdistiller_peft.cli.packed import save_packed
+from bitdistiller_peft.cli.precision import stored_dtype
 from bitdistiller_peft.cli.texts import load_training_data
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
 
@@ -50,7 +51,7 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     trainer = _train(settings, args, data, tokenizer)
     result = _report(trainer, folder, console) | {"seconds": time.perf_counter() - start}
     if settings["distill.pack"]:
-        result |= save_packed(trainer.model, tokenizer, folder / "packed", console)
+        result |= save_packed(trainer.model, tokenizer, folder / "packed", console, settings)
     else:
         trainer.save_model(str(folder / "student"))
         tokenizer.save_pretrained(folder / "student")
@@ -74,6 +75,8 @@ def _train(settings: Settings, args: Any, data: Any, tokenizer: Any) -> Any:
     from bitdistiller_peft.training import DistillTrainer
 
     student = settings["distill.student"]
+    if not args.use_cpu and settings["dtype"] == "auto":  # loaded on the CPU, but not to be computed there
+        settings = settings.with_values(dtype=stored_dtype(settings["model"], settings["revision"]))
     if student is None:
         model = models.build_student(settings, "cpu")  # the trainer moves it
     else:

@@ -51,8 +51,9 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
             named.
     """
     settings.need("model")
-    where, limit = _capacity(settings)
-    sizes = replace(measure(settings), tile=memory.CPU_TILE if where == "memory" else memory.GPU_TILE)
+    device = models.choose_device(settings, console)
+    where, limit = _capacity(device)
+    sizes = replace(measure(settings, device), tile=memory.CPU_TILE if where == "memory" else memory.GPU_TILE)
     chosen = [stage for stage in STAGES if stage in settings["run.stages"] and stage in PEAKS]
     runtime = memory.RUNTIME if where == "memory" else 0
     peaks = {stage: PEAKS[stage](sizes, _values(settings, stage)) + runtime for stage in chosen}
@@ -73,7 +74,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     }
     fits = max(peaks.values(), default=0) <= limit and result["disk_bytes"] <= free
     if fits and settings.arguments["probe"]:
-        result["seconds"] = _seconds(settings, console, amounts)
+        result["seconds"] = _seconds(settings, device, amounts)
     _show(result, console, where)
     _refuse(settings, sizes, result, runtime)
     return result
@@ -125,10 +126,9 @@ def _num_steps(settings: Settings) -> float | None:
 
 
 def _seconds(
-    settings: Settings, console: Console, amounts: dict[str, tuple[float, float | None]]
+    settings: Settings, device: str, amounts: dict[str, tuple[float, float | None]]
 ) -> dict[str, dict[str, float | None]]:
     """Seconds of one go and of the whole stage, by stage."""
-    device = models.choose_device(settings, console)
     found: dict[str, dict[str, float | None]] = {}
     for stage, (amount, goes) in amounts.items():
         each = seconds_of(stage, settings, device, amount)
@@ -197,13 +197,12 @@ def _advice(settings: Settings, sizes: memory.Sizes, stage: str, limit: int) -> 
     return f"Even with {', '.join(changed) or 'smaller batches'} it needs {least / _GIB:.1f} GiB: take a smaller model."
 
 
-def _capacity(settings: Settings) -> tuple[str, int]:
+def _capacity(device: str) -> tuple[str, int]:
     """What the device has in all: accelerator memory, or this machine's."""
     import psutil
     import torch
 
-    asked = settings["device"]
-    if asked != "cpu" and torch.cuda.is_available():
+    if device.startswith("cuda"):
         return "GPU memory", int(torch.cuda.mem_get_info()[1])
     return "memory", int(psutil.virtual_memory().total)
 

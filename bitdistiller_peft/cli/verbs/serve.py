@@ -6,6 +6,7 @@ from typing import Any
 
 from bitdistiller_peft.cli import models
 from bitdistiller_peft.cli.options import Option
+from bitdistiller_peft.cli.precision import load_dtype
 from bitdistiller_peft.cli.verb import Console, Positional, Settings, Verb
 from bitdistiller_peft.errors import ConfigError
 
@@ -33,7 +34,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     Serve(
         force_model=source,
         device=device,
-        dtype=settings["dtype"],
+        dtype=load_dtype(source, settings, device),
         host=options["host"],
         port=options["port"],
         default_seed=settings["seed"],
