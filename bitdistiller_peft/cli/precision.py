@@ -50,8 +50,9 @@ def load_dtype(source: str, settings: Settings, device: str, revision: str | Non
         return asked
     stored = stored_dtype(source, revision)
     chosen = compute_dtype(asked, stored, device)
-    if chosen != stored:
-        _say(f"this processor has no instructions for {stored}: computing in {chosen} (dtype: {stored} keeps it).")
+    if chosen == stored:
+        return asked
+    _say(f"this processor has no instructions for {stored}: computing in {chosen} (dtype: {stored} keeps it).")
     return chosen
 
 
