@@ -4,8 +4,9 @@ Random Llama-shaped models; each measured run is the command itself, in a proces
 stage on a very small model, so that all code is loaded and all one-off buffers are there; what it holds then is the
 baseline, and its high-water mark (VmHWM) begins anew. Predicted and measured are without that baseline.
 
-What is predicted is what a stage holds. glibc's heap keeps freed blocks of up to 32 MiB besides, so the measured
-processes run with MALLOC_MMAP_THRESHOLD_=1048576, by which it gives larger blocks back; --heap measures without that.
+The heap is glibc's own, as it is. Time is predicted by the probe, by the clock; the measured stage is told by the clock
+and by the processor, since other work on the machine slows both, and it includes loading and saving, which the probe
+leaves out.
 
     python -m benchmarks.estimate                                  # all; a few minutes on one core
     python -m benchmarks.estimate --sizes 30M --stages distill
@@ -87,7 +88,7 @@ def predict(settings: list[str], folder: Path) -> dict[str, Any]:
 
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
-        code = main(["estimate", *settings, "--output", str(folder), "--no-probe", "--json"])
+        code = main(["estimate", *settings, "--output", str(folder), "--json"])
     if code:
         raise SystemExit(f"estimate ended with {code}")
     return dict(json.loads(out.getvalue()))
@@ -109,11 +110,11 @@ def measure_here(stage: str, model: Path, data: Path, warm: Path) -> dict[str, A
         ctypes.CDLL(None).malloc_trim(0)
         before = memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # VmHWM begins anew
-        start = time.process_time()  # other work on the machine does not count
+        start, clock = time.process_time(), time.perf_counter()
         run_stage(settings_of(model, data, stage), Path(folder) / "measured")
-        seconds = time.process_time() - start
+        seconds, clock = time.process_time() - start, time.perf_counter() - clock
         packed = sum(file.stat().st_size for file in (Path(folder) / "measured").glob("*/packed/*.safetensors"))
-    return {"peak": memory("VmHWM") - before, "baseline": before, "seconds": seconds, "packed": packed}
+    return {"peak": memory("VmHWM") - before, "baseline": before, "seconds": seconds, "clock": clock, "packed": packed}
 
 
 def memory(name: str) -> int:
@@ -122,33 +123,33 @@ def memory(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:"))
 
 
-def measure(stage: str, paths: tuple[Path, Path, Path], *, keeps_heap: bool) -> dict[str, Any]:
+def measure(stage: str, paths: tuple[Path, Path, Path]) -> dict[str, Any]:
     """`measure_here` in a process of its own."""
     command = [sys.executable, "-m", "benchmarks.estimate", "--child", stage, *map(str, paths)]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    environment |= {} if keeps_heap else {"MALLOC_MMAP_THRESHOLD_": str(1 << 20)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(done.stderr[-4000:])
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def row_of(size: str, stage: str, paths: tuple[Path, Path, Path], *, keeps_heap: bool) -> dict[str, Any]:
+def row_of(size: str, stage: str, paths: tuple[Path, Path, Path]) -> dict[str, Any]:
     """Predicted and measured; `paths` are those of model, data and the very small model."""
     with tempfile.TemporaryDirectory() as folder:
         predicted = predict(settings_of(*paths[:2], stage), Path(folder))
     verb = stage.partition(",")[0]
     peak = predicted["peak_bytes"][verb] - predicted["runtime_bytes"]
-    found = measure(stage, paths, keeps_heap=keeps_heap)
+    found = measure(stage, paths)
     return {
         "size": size,
         "stage": stage,
-        "heap": "as glibc has it" if keeps_heap else "gives back",
         "weights": predicted["weights"],
         "predicted MiB": round(peak / 2**20, 1),
         "measured MiB": round(found["peak"] / 2**20, 1),
         "error": round(peak / found["peak"] - 1, 4),
         "baseline MiB": round(found["baseline"] / 2**20, 1),
+        "predicted seconds": round((predicted["seconds"].get(verb) or {}).get("all") or 0.0, 1),
+        "seconds by the clock": round(found["clock"], 1),
         "seconds of the processor": round(found["seconds"], 1),
         "packed predicted": predicted["packed_bytes"],
         "packed measured": found["packed"],
@@ -157,17 +158,10 @@ def row_of(size: str, stage: str, paths: tuple[Path, Path, Path], *, keeps_heap:
 
 def figures_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The largest error of a peak, and of all sizes of packed files."""
-    errors = {
-        heap: [abs(row["error"]) for row in rows if row["heap"] == heap] for heap in ("gives back", "as glibc has it")
-    }
+    errors = [abs(row["error"]) for row in rows]
     sizes = [abs(row["packed predicted"] / row["packed measured"] - 1) for row in rows if row["packed measured"]]
-    peaks = {
-        f"largest error of peak memory, heap {heap}": figure(max(found), "of measured", at_most=ASKED_ERROR)
-        for heap, found in errors.items()
-        if found
-    }
     return {
-        **peaks,
+        "largest error of peak memory": figure(max(errors), "of measured", at_most=ASKED_ERROR),
         "largest error of packed size": figure(max(sizes, default=0.0), "of measured"),
     }
 
@@ -176,7 +170,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["30M", "60M", "135M"], choices=list(SIZES))
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
-    parser.add_argument("--heap", action="store_true", help="leave glibc's heap as it is")
     parser.add_argument("--name", default="estimate", help="of the results file")
     parser.add_argument("--child", nargs=4, metavar=("STAGE", "MODEL", "DATA", "WARM"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -196,7 +189,7 @@ def main() -> None:
         for size in options.sizes:
             model = save_model(folder / size, size)
             for stage in options.stages:
-                rows.append(row_of(size, stage, (model, data, warm), keeps_heap=options.heap))
+                rows.append(row_of(size, stage, (model, data, warm)))
                 print(table(rows[-1:]), flush=True)
                 write_results(options.name, rows, figures_of(rows))
     print(table(rows))

@@ -12,6 +12,10 @@ from bitdistiller_peft.errors import ConfigError, DataError
 
 NAMED = ("python-topics", "wikitext2")
 HUB_TEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+_TO_DO = {
+    "generate.prompts": "Write it, a prompt per line, or name another.",
+    "distill.data": "Name a folder that `bitdistiller generate` wrote, or a file of texts.",
+}
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -147,7 +151,7 @@ def _prompt_of(row: dict[str, Any], path: Path) -> Any:
 def _existing(source: str, name: str) -> Path:
     path = Path(source).expanduser()
     if not path.exists():
-        raise DataError(f"`{name}` must be a file that exists: got {source!r}.")
+        raise DataError(f"`{name}` must be a file that exists: got {source!r}. {_TO_DO[name]}")
     return path
 
 

@@ -113,3 +113,8 @@ def test_peaks_by_hand() -> None:
 def test_a_token_of_the_cache_takes_what_its_layout_says(kind: str, dtype: str | None, expected: int) -> None:
     values = SimpleNamespace(kind=kind, stored_dtype=dtype, k=8).__dict__
     assert memory.cache_bytes_per_token(SIZES, values) == expected
+
+
+def test_a_process_takes_more_than_a_stage_holds_and_more_of_a_larger_one() -> None:
+    small, large = (memory.process_bytes(held) - memory.RUNTIME - held for held in (1 << 30, 1 << 31))
+    assert (small, large) == (1 << 27, 1 << 28)  # an eighth

@@ -369,6 +369,8 @@ def test_init_writes_a_file_that_run_accepts(command: Command, base: Path, files
     done = command("run", "-c", path, "--dry-run", "--json")
     assert done.code == 0, done.err
     assert done.json["stages"] == ["calibrate", "generate", "distill", "eval", "report"]
+    fresh = command("init", tmp_path / "fresh.yaml", "--prompts", tmp_path / "none.txt")
+    assert "none.txt: a prompt per line" in fresh.out
     written = plain(read_yaml(path))
     assert written["quant"] == {"bits": 3, "group_size": 32, "grid": "nf", "learn_zero_point": False}
     again = command(*arguments)
@@ -461,6 +463,19 @@ def test_verify_export_compares_codes_and_logits_and_names_what_differs(
     done = command(*arguments[:-1], "dequantised")
     assert done.code == 2
     assert "Did you mean 'dequantized'?" in done.err
+
+
+def test_a_chain_that_cannot_export_says_so_before_its_first_stage(
+    command: Command, base: Path, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bitdistiller_peft.export.formats.find_spec", lambda name: None)
+    path = tmp_path / "run.yaml"
+    for formats, words in (("gguf", "pip install 'bitdistiller_peft[export]'"), ("ggfu", "gguf")):
+        more = f"export: {{formats: [{formats}]}}\nrun: {{stages: [calibrate, export]}}\n"
+        path.write_text(chain_yaml(base, files, tmp_path / "out") + more)
+        done = command("run", "-c", path)
+        assert (done.code, words in done.err) == (2, True)
+        assert not (tmp_path / "out").exists()
 
 
 def test_the_chain_exports_and_pushes_once(

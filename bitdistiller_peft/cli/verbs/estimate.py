@@ -55,8 +55,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     where, limit = _capacity(device)
     sizes = replace(measure(settings, device), tile=memory.CPU_TILE if where == "memory" else memory.GPU_TILE)
     chosen = [stage for stage in STAGES if stage in settings["run.stages"] and stage in PEAKS]
-    runtime = memory.RUNTIME if where == "memory" else 0
-    peaks = {stage: PEAKS[stage](sizes, _values(settings, stage)) + runtime for stage in chosen}
+    whole = memory.process_bytes if where == "memory" else int
+    peaks = {stage: whole(PEAKS[stage](sizes, _values(settings, stage))) for stage in chosen}
     disk, free = _disk(settings, sizes, chosen)
     amounts = {stage: _amounts(settings, stage) for stage in chosen}
     result: dict[str, Any] = {
@@ -65,7 +65,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         "packed_bytes": sizes.packed_bytes,
         "bits_per_weight": 8 * sizes.packed_bytes / sizes.weights,
         "peak_bytes": peaks,
-        "runtime_bytes": runtime,
+        "runtime_bytes": whole(0),
         "limit_bytes": limit,
         "disk_bytes": sum(disk.values()),
         "disk": disk,
@@ -76,7 +76,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     if fits and settings.arguments["probe"]:
         result["seconds"] = _seconds(settings, device, amounts)
     _show(result, console, where)
-    _refuse(settings, sizes, result, runtime)
+    _refuse(settings, sizes, result, whole)
     return result
 
 
@@ -165,11 +165,11 @@ def _time(seconds: dict[str, float | None] | None) -> str:
     return f"{hours:.1f} h" if hours >= 1 else f"{minutes:.1f} min" if minutes >= 1 else f"{total:.1f} s"
 
 
-def _refuse(settings: Settings, sizes: memory.Sizes, result: dict[str, Any], runtime: int) -> None:
+def _refuse(settings: Settings, sizes: memory.Sizes, result: dict[str, Any], whole: Callable[[int], int]) -> None:
     faults = []
     for stage, peak in result["peak_bytes"].items():
         if peak > result["limit_bytes"]:
-            advice = _advice(settings, sizes, stage, result["limit_bytes"] - runtime)
+            advice = _advice(settings, sizes, stage, result["limit_bytes"], whole)
             faults.append(f"{stage} needs {peak / _GIB:.1f} GiB. {advice}")
     if result["disk_bytes"] > result["free_disk_bytes"]:
         faults.append(
@@ -180,20 +180,20 @@ def _refuse(settings: Settings, sizes: memory.Sizes, result: dict[str, Any], run
         raise DoesNotFitError(f"this machine has {have}: " + " ".join(faults))
 
 
-def _advice(settings: Settings, sizes: memory.Sizes, stage: str, limit: int) -> str:
+def _advice(settings: Settings, sizes: memory.Sizes, stage: str, limit: int, whole: Callable[[int], int]) -> str:
     """The shortest way down the list of savings that fits."""
     values, changed = _values(settings, stage), []
     for key, smaller in SAVINGS[stage]:
-        before = PEAKS[stage](sizes, values)
+        before = whole(PEAKS[stage](sizes, values))
         trial = {**values, key: smaller}
-        after = PEAKS[stage](sizes, trial)
+        after = whole(PEAKS[stage](sizes, trial))
         if after >= before:
             continue
         values = trial
         changed.append(f"{stage}.{key}={smaller}")
         if after <= limit:
             return f"Set {', '.join(changed)}: {after / _GIB:.1f} GiB."
-    least = PEAKS[stage](sizes, values)
+    least = whole(PEAKS[stage](sizes, values))
     return f"Even with {', '.join(changed) or 'smaller batches'} it needs {least / _GIB:.1f} GiB: take a smaller model."
 
 

@@ -37,13 +37,9 @@ def execute(settings: Settings, console: Console, source: str) -> dict[str, Any]
         ExportError: a format cannot hold the model, or a folder is not empty.
         UnknownNameError: no such format; all are checked before the first is written.
     """
-    from bitdistiller_peft.export import export_format_names, export_model
+    from bitdistiller_peft.export import export_model
 
-    formats, root = settings.need("export.formats"), Path(settings.need("output"))
-    known = list(export_format_names())
-    for name in formats:
-        if name not in known:
-            raise UnknownNameError("export.formats", name, known)
+    formats, root = check_formats(settings), Path(settings.need("output"))
     folder = models.model_folder(source)
     if settings.is_dry_run:
         output.check(root, settings, ("export",), {"model": folder})
@@ -62,6 +58,23 @@ def execute(settings: Settings, console: Console, source: str) -> dict[str, Any]
         console.say(report)
         reports[name] = asdict(report) if is_dataclass(report) else str(report)
     return output.finish(root, {"folder": folder, "reports": reports})
+
+
+def check_formats(settings: Settings) -> list[str]:
+    """The formats of `export:`, each of them known, and what writes it installed.
+
+    Raises:
+        UnknownNameError: no format has this name.
+        ExportError: a package is missing; it is named.
+    """
+    from bitdistiller_peft.export import export_format_names, get_export_format
+
+    formats, known = list(settings.need("export.formats")), list(export_format_names())
+    for name in formats:
+        if name not in known:
+            raise UnknownNameError("export.formats", name, known)
+        get_export_format(name).check_installed()
+    return formats
 
 
 VERB = Verb(

@@ -10,6 +10,7 @@ from bitdistiller_peft.cli.schema import DISTILL, GENERATE, QUANT, TOP
 from bitdistiller_peft.cli.verb import Console, Positional, Settings, Verb
 from bitdistiller_peft.errors import ConfigError
 
+PROMPTS = "prompts.txt"
 _TEMPLATE = """\
 # The whole chain: bitdistiller run -c {name}
 # Check first: bitdistiller estimate -c {name}; what would be done: bitdistiller run -c {name} --dry-run
@@ -88,7 +89,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         learn_zero_point="true" if settings["quant.grid"] == "int" else "false",
         method="blockwise" if bits == 2 else "clip",
         texts=settings.arguments["text"],
-        prompts=settings["generate.prompts"] or "prompts.txt",
+        prompts=settings["generate.prompts"] or PROMPTS,
     ).replace("grid: int ", f"grid: {settings['quant.grid']} ")
     if settings.is_dry_run:
         console.say(text)
@@ -96,7 +97,11 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
-    console.say(f"wrote {path}. Next: bitdistiller estimate -c {path}")
+    prompts = settings["generate.prompts"] or PROMPTS
+    console.say(f"wrote {path}.")
+    if not Path(prompts).exists():
+        console.say(f"Before you run it, write {prompts}: a prompt per line, for the teacher to answer.")
+    console.say(f"Next: bitdistiller estimate -c {path}")
     return {"file": str(path)}
 
 

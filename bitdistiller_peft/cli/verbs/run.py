@@ -10,6 +10,7 @@ from typing import Any
 from bitdistiller_peft.cli import output, stages
 from bitdistiller_peft.cli.cost import recorded
 from bitdistiller_peft.cli.schema import STAGES
+from bitdistiller_peft.cli.scores import check_tasks
 from bitdistiller_peft.cli.texts import evaluation_input, load_prompts, load_texts
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
 from bitdistiller_peft.cli.verbs import cache, calibrate, distill, eval, export, generate, push, report
@@ -73,9 +74,11 @@ def _check_all(settings: Settings, chosen: list[str]) -> None:
     _check_cache(settings, chosen)
     if "eval" in chosen:
         evaluation_input(settings)
-    for stage, key in (("push", "push.repo"), ("export", "export.formats")):
-        if stage in chosen:
-            settings.need(key)
+        check_tasks(settings)
+    if "export" in chosen:
+        export.check_formats(settings)
+    if "push" in chosen:
+        settings.need("push.repo")
     if not {"distill", "calibrate"} & set(chosen) and stages.packed_folder(settings) is None:
         raise ConfigError(f"`run.stages` must make a model, or find one in `output`: got {chosen}. Add 'distill'.")
 
