@@ -14,7 +14,7 @@ from typing import Any
 
 FP32 = 4
 CPU_TILE, GPU_TILE = 1 << 26, 1 << 28  # bytes of logits of one side in the loss, see `losses.checks`
-TILES = 3  # both sides' logits, and a product on its way into one of them
+TILES = 3  # both sides' logits, and temporaries of a strip
 LAYER_COPIES = 6  # fp32 copies of the largest weight while it is fake-quantized and differentiated
 OPTIMIZERS = {"8bit": 2, "sgd": 0, "adafactor": 1, "lion": 4}  # bytes per weight, by a part of the name
 RUNTIME = 600 << 20  # Python with torch, transformers and trl

@@ -74,7 +74,8 @@ def project(hidden: Tensor, head: Head, dtype: torch.dtype) -> Tensor:
         logits = hidden.new_empty(len(hidden), len(weight), dtype=dtype)
         wide = hidden.to(dtype)
         for rows in _row_chunks(weight, dtype):
-            logits[:, rows] = wide @ weight[rows].to(dtype).t()
+            # into its place: a product on its way there would be as large as a tile
+            torch.mm(wide, weight[rows].to(dtype).t(), out=logits[:, rows])
     if head.bias is not None:
         logits += head.bias
     if head.logit_scale != 1:

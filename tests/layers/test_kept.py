@@ -53,14 +53,14 @@ def test_nothing_is_kept_unless_asked(counted: list[int]) -> None:
 @pytest.mark.parametrize("trained", [{}, {"scale": False}, {"zero_point": True}, {"lora_rank": 2, "weight": False}])
 def test_each_graph_gets_the_gradients_of_its_own(trained: dict[str, Any], counted: list[int]) -> None:
     weight = module(**trained)
-    wanted = [gradients(weight, weight(), seed) for seed in (1, 2)]
+    wanted = [gradients(weight, weight(), seed) for seed in (1, 2, 3)]
     once = KeptValues([weight])
     once.start()
     counted.clear()
-    first, second = weight(), weight()  # two graphs at a time
-    got = [gradients(weight, values, seed) for values, seed in ((first, 1), (second, 2))]
+    each = [weight() for _ in wanted]  # three graphs at a time
+    got = [gradients(weight, values, seed) for seed, values in enumerate(each, start=1)]
     assert len(counted) == 1
-    assert torch.equal(first, second)
+    assert torch.equal(each[0], each[2])
     for ours, theirs in zip(got, wanted, strict=True):
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     once.stop()
@@ -113,6 +113,8 @@ def test_dtypes_are_kept_apart_and_rounded_once() -> None:
     assert half.dtype == torch.bfloat16
     assert torch.equal(half, full.to(torch.bfloat16))
     assert full.dtype == torch.float32
+    assert weight(torch.bfloat16).data_ptr() == half.data_ptr()
+    assert weight().data_ptr() == full.data_ptr()
     grads = gradients(weight, half, 1)
     wanted = torch.autograd.grad(full, weight.weight, normal(8, 32, seed=1).bfloat16().float())
     assert torch.equal(grads["weight"], wanted[0])
