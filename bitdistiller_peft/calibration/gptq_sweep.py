@@ -37,6 +37,8 @@ class GptqSweep(Sweep):
         Raises:
             WeightError, ScaleRangeError, ConfigError: see `compensate`; the layer is named.
         """
+        if slot.is_table:
+            return super().find(slot, gram, note)
         try:
             found = compensate(slot.weight, gram.squeeze(-3), slot.spec, self.options)
         except BitDistillerError as error:
@@ -52,7 +54,9 @@ class GptqSweep(Sweep):
         """Let the students take over what was found."""
         for slot in slots:
             found = self._compensated.pop(slot.name, None)
-            if found is not None:
+            if found is None:
+                super().apply([slot])
+            else:
                 slot.set_quantized(found.weight, found.params, clip_weight=self.options.clip_weights)
 
     @torch.no_grad()

@@ -22,7 +22,7 @@ from bitdistiller_peft.layers import (
     set_learned_params,
 )
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, find_params, get_quantizer, to_groups
-from bitdistiller_peft.tuner import BitDistillerLayer, BitDistillerModel
+from bitdistiller_peft.tuner import BitDistillerEmbedding, BitDistillerLayer, BitDistillerModel
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,11 @@ class Slot:
     def spec(self) -> QuantSpec:
         """How the parameter is quantized."""
         return quant_specs(self.student)["weight"]
+
+    @property
+    def is_table(self) -> bool:
+        """Whether it is an embedding's, whose rows are looked up and multiplied by nothing."""
+        return isinstance(self.layer, BitDistillerEmbedding)
 
     @property
     def weight(self) -> Tensor:

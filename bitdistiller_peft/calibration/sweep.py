@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 NO_INPUTS = "no token reached it; kept min-max"
 SKIPPED = "skipped"
+KEPT = "kept min-max"
+MIN_MAX_BITS = 8  # from here on a narrower range costs more than finer steps gain
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,10 @@ class Sweep:
             for slot in slots:
                 self._search_slot(slot, _identity(slot), "")
             return []
+        for slot in slots:
+            if slot.is_table:
+                self._search_table(slot)
+        slots = [slot for slot in slots if not slot.is_table]
         stages, unseen = find_stages(slots, segment.run, is_whole=self.is_whole) if slots else ([], [])
         if one_pass or self.options.order == "block":
             self._search_stages(stages, segment, stop=False)
@@ -121,6 +127,13 @@ class Sweep:
         if skip:
             self._keep(slot, SKIPPED)
         return skip
+
+    def _search_table(self, slot: Slot) -> None:
+        """Search an embedding by the error of its rows, which is all that there is: no input multiplies them."""
+        if slot.spec.grid.bits < MIN_MAX_BITS and getattr(self.options, "clip_search", True):
+            self._search_slot(slot, _identity(slot), "by its rows")
+        else:
+            self._keep(slot, KEPT)
 
     def _keep(self, slot: Slot, note: str) -> None:
         self.findings[slot.name] = Finding(note=note)

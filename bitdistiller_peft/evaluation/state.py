@@ -9,7 +9,7 @@ from torch import nn
 
 from bitdistiller_peft.errors import StateError
 from bitdistiller_peft.hub.config import QUANT_METHOD
-from bitdistiller_peft.layers import PackedExperts, PackedLinear, iter_quantized
+from bitdistiller_peft.layers import PackedEmbedding, PackedExperts, PackedLinear, iter_quantized
 from bitdistiller_peft.tuner import BitDistillerLayer
 
 FULL_PRECISION = "full_precision"
@@ -77,7 +77,7 @@ def _is_in_force(layer: BitDistillerLayer) -> bool:
 
 def _plain_state(model: nn.Module) -> str:
     kinds = {
-        PACKED if isinstance(module, (PackedLinear, PackedExperts)) else LATENT
+        PACKED if isinstance(module, (PackedLinear, PackedExperts, PackedEmbedding)) else LATENT
         for _, module, _, _ in iter_quantized(model)
     }
     if len(kinds) > 1:

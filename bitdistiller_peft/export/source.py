@@ -28,7 +28,7 @@ from bitdistiller_peft.hub import BitDistillerQuantConfig, verify_files
 from bitdistiller_peft.hub.checkpoint import check_packed
 from bitdistiller_peft.hub.files import weight_files
 from bitdistiller_peft.hub.header import read_header
-from bitdistiller_peft.layers import SCALE, SUFFIXES, ZERO_POINT, packed_layout
+from bitdistiller_peft.layers import ROWS, SCALE, SUFFIXES, ZERO_POINT, packed_layout
 from bitdistiller_peft.packing import unpack_codes, unpack_row
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, dequantize
 
@@ -128,9 +128,12 @@ class PackedSource:
         files = weight_files(folder)
         verify_files(files, mode="fast")
         self._files = {name: file for file in files for name in read_header(file)[0]}
-        self.quantized_names = sorted(n for n in self._files if n + SCALE in self._files)
-        own = {n + suffix for n in self.quantized_names for suffix in ("", *SUFFIXES)}
-        self.plain_names = sorted(name for name in self._files if name not in own)
+        packed = {n for n in self._files if n + SCALE in self._files}
+        self._tables = {f"{name}.weight" for name in self.quant_config.embeddings} & packed
+        self.quantized_names = sorted(packed - self._tables)
+        own = {n + suffix for n in packed for suffix in ("", *SUFFIXES)}
+        own |= {f"{n.removesuffix('.weight')}.{ROWS}" for n in self._tables}
+        self.plain_names = sorted({name for name in self._files if name not in own} | self._tables)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -171,12 +174,18 @@ class PackedSource:
             raise add_location(error, f"layer {name.removesuffix('.weight')!r}") from None
 
     def plain(self) -> Iterator[tuple[str, Tensor]]:
-        """Read what is not quantized, one tensor at a time: embeddings, norms, biases, layers left alone."""
+        """Read what is not quantized, one tensor at a time: embeddings, norms, biases, layers left alone.
+
+        A packed embedding comes dense, in the dtype that the model computes in: exactly what the model looks up.
+        """
         for name in self.plain_names:
             yield name, self.tensor(name)
 
     def tensor(self, name: str) -> Tensor:
-        """Read one tensor as it is stored."""
+        """Read one tensor that is not quantized; a packed embedding as the rows that the model looks up."""
+        return self.weight(name).dense(self.dtype) if name in self._tables else self._stored(name)
+
+    def _stored(self, name: str) -> Tensor:
         with safe_open(self._files[name], framework="pt") as file:
             tensor: Tensor = file.get_tensor(name)
         return tensor
@@ -188,20 +197,20 @@ class PackedSource:
                 shutil.copyfile(self.folder / name, folder / name)
 
     def _read(self, name: str, spec: QuantSpec) -> PackedWeight:
-        words, scale = self.tensor(name), self.tensor(name + SCALE)
+        words, scale = self._stored(name), self._stored(name + SCALE)
         if words.ndim != 2 or words.dtype != torch.int32:
             raise CheckpointError(f"packed codes must be an int32 matrix: got {words.dtype} {list(words.shape)}.")
         width = self._width(name, words, scale, spec)
         for suffix, (shape, dtype) in packed_layout(spec, (words.shape[0], width)).items():
             if name + suffix not in self._files:
                 raise CheckpointError(f"tensor {name + suffix!r} must be there: it is missing. Save the model again.")
-            found = self.tensor(name + suffix)
+            found = self._stored(name + suffix)
             if tuple(found.shape) != shape or found.dtype != dtype:
                 raise CheckpointError(
                     f"tensor {name + suffix!r} must have shape {list(shape)} and dtype {dtype}: got "
                     f"{list(found.shape)} and {found.dtype}. config.json and weights do not belong together."
                 )
-        stored = {suffix: self.tensor(name + suffix) for suffix in SUFFIXES if name + suffix in self._files}
+        stored = {suffix: self._stored(name + suffix) for suffix in SUFFIXES if name + suffix in self._files}
         check_packed({"": words, **stored}, "", spec, width)
         if ZERO_POINT in stored:
             stored[ZERO_POINT] = unpack_codes(stored[ZERO_POINT], spec.grid.bits, scale.shape[1])

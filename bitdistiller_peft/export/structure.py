@@ -21,7 +21,7 @@ class Structure:
     """Input widths of the layers, and which are stored transposed.
 
     Attributes:
-        widths: input width of every linear layer, by name.
+        widths: input width of every linear layer and embedding, by name.
         expert_widths: input widths that occur in fused experts.
         transposed: names of `Conv1D` layers, whose weights are stored ``[in, out]``.
     """
@@ -43,8 +43,9 @@ class Structure:
         modules = list(convertible(model))
         plain = [(name, module) for name, module in modules if not is_experts(module)]
         experts = [module for _, module in modules if is_experts(module)]
+        tables = {n: m.embedding_dim for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
         return cls(
-            {name: weight_shape(module)[1] for name, module in plain},
+            {name: weight_shape(module)[1] for name, module in plain} | tables,
             {getattr(module, key).shape[-1] for module in experts for key in expert_parameters(module)},
             {name for name, module in plain if isinstance(module, Conv1D)},
         )

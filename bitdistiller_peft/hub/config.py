@@ -45,6 +45,8 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         modules_to_not_convert: names to leave alone. `None` takes the defaults (output head, routers); what a
             checkpoint stores is always the complete list.
         overrides: settings that differ, by full module name.
+        embeddings: packed only: full names of embeddings whose table is packed as well. A head tied to one shares its
+            codes.
         activation_bits: 8 for int8 activations with one scale per token, `None` for none.
         subln: which layers have a `SubLN` in front: ``"none"``, ``"output"`` (output projections of attention and
             MLP) or ``"all"``.
@@ -80,6 +82,7 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         gradient: str = "exact",
         modules_to_not_convert: list[str] | None = None,
         overrides: dict[str, dict[str, Any]] | None = None,
+        embeddings: list[str] | None = None,
         activation_bits: int | None = None,
         subln: str = "none",
         subln_eps: float = SUBLN_EPS,
@@ -101,6 +104,7 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         self.learn_scale, self.learn_zero_point, self.gradient = learn_scale, learn_zero_point, gradient
         self.modules_to_not_convert = modules_to_not_convert
         self.overrides = {} if overrides is None else overrides
+        self.embeddings = [] if embeddings is None else embeddings
         self.activation_bits = activation_bits
         self.subln, self.subln_eps, self.subln_modules = subln, subln_eps, subln_modules
         self.provenance = {} if provenance is None else provenance
@@ -134,9 +138,15 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
             self.spec(name)
 
     def _check_names(self) -> None:
-        skip = self.modules_to_not_convert
-        if skip is not None and not (isinstance(skip, list) and all(isinstance(name, str) for name in skip)):
-            raise ConfigError(f"`modules_to_not_convert` must be a list of names: got {skip!r}.")
+        for key in ("modules_to_not_convert", "embeddings"):
+            names = getattr(self, key)
+            if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
+                raise ConfigError(f"`{key}` must be a list of names: got {names!r}.")
+        if self.embeddings and self.state == "latent":
+            raise ConfigError(
+                f"`embeddings` must be empty for state='latent': got {self.embeddings!r}. Train them with "
+                "BitDistillerConfig(embedding_bits=8)."
+            )
         for key in ("overrides", "provenance"):
             if not isinstance(getattr(self, key), dict):
                 raise ConfigError(f"`{key}` must be a dict: got {key}={getattr(self, key)!r}.")
@@ -187,6 +197,8 @@ class BitDistillerQuantConfig(QuantizationConfigMixin):
         del values["verify"]
         if self.activation_bits is None:
             del values["activation_bits"]
+        if not self.embeddings:
+            del values["embeddings"]
         if self.subln == "none":
             for key in ("subln", "subln_eps", "subln_modules"):
                 del values[key]

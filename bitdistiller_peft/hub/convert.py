@@ -23,6 +23,7 @@ from bitdistiller_peft.hub.modules import (
     weight_shape,
 )
 from bitdistiller_peft.hub.projections import check_projections
+from bitdistiller_peft.hub.tables import convert_embeddings, tied_heads
 from bitdistiller_peft.layers import (
     FakeQuantLinear,
     PackedLinear,
@@ -98,7 +99,8 @@ def convert_skeleton(model: nn.Module, config: BitDistillerQuantConfig) -> list[
     """
     skips = config.modules_to_not_convert or []
     found = dict(convertible(model))
-    left = skipped_among(found, skips)
+    tied = tied_heads(model, config)
+    left = skipped_among(found, skips) | tied
     targets = [(name, module) for name, module in found.items() if name not in left]
     if not targets:
         raise TargetError(
@@ -111,7 +113,10 @@ def convert_skeleton(model: nn.Module, config: BitDistillerQuantConfig) -> list[
             _convert_one(model, name, module, config)
         except BitDistillerError as error:
             raise add_location(error, f"layer {name!r}") from None
-    return [name for name, _ in targets]
+    tables = convert_embeddings(model, config)
+    for name in (*tables, *tied):
+        _protect_from_init(model.get_submodule(name))
+    return [*(name for name, _ in targets), *tables]
 
 
 def _convert_one(model: nn.Module, name: str, module: nn.Module, config: BitDistillerQuantConfig) -> None:
@@ -172,7 +177,8 @@ def _protect_from_init(module: nn.Module) -> None:
 
     What is loaded, or replaced because it is missing, is a new parameter without this mark, so `check_values` can tell.
     """
-    module._is_hf_initialized = True  # type: ignore[assignment]
+    # an embedding may have a factor in a buffer (Gemma), which only initialisation fills in
+    module._is_hf_initialized = not isinstance(module, nn.Embedding)  # type: ignore[assignment]
     for parameter in module.parameters():
         parameter._is_hf_initialized = True  # type: ignore[attr-defined]
 

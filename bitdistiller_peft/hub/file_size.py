@@ -11,7 +11,7 @@ from torch import nn
 
 from bitdistiller_peft.errors import TargetError
 from bitdistiller_peft.hub.modules import is_experts, weight_shape
-from bitdistiller_peft.layers import INPUT_NORM, packed_layout
+from bitdistiller_peft.layers import INPUT_NORM, ROWS, packed_layout
 from bitdistiller_peft.quantizers import QuantSpec
 
 _NAMES = {
@@ -68,6 +68,8 @@ def _tensors(
         shape = weight_shape(model.get_submodule(module_name))
         for suffix, entry in packed_layout(spec, shape).items():
             yield f"{module_name}.weight{suffix}", entry
+        if isinstance(table := model.get_submodule(module_name), nn.Embedding):
+            yield f"{module_name}.{ROWS}", ((0,), table.weight.dtype)
         if module_name in norms:
             yield f"{module_name}.{INPUT_NORM}.weight", (shape[-1:], torch.float32)
     tied: set[str] = set(getattr(model, "all_tied_weights_keys", None) or {})

@@ -20,9 +20,12 @@ from bitdistiller_peft.hub.convert import convert_skeleton, convertible, resolve
 from bitdistiller_peft.hub.files import check_folder, check_model_config
 from bitdistiller_peft.hub.modules import expert_parameters, is_experts, weight_shape
 from bitdistiller_peft.hub.save import attach_save
+from bitdistiller_peft.hub.tables import find_embeddings
 from bitdistiller_peft.layers import (
     INPUT_NORM,
+    ROWS,
     SUFFIXES,
+    PackedEmbedding,
     SubLN,
     attach_learned_params,
     input_norm,
@@ -101,6 +104,8 @@ class BitDistillerHfQuantizer(HfQuantizer):
                 )
             if isinstance(module, Conv1D):
                 self.transposed.add(f"{name}.weight")
+        for name, module in find_embeddings(model, config).items():
+            widths[f"{name}.weight"] = module.embedding_dim
         converted = set(convert_skeleton(model, config))
         if config.subln == "output":
             config.subln_modules = sorted(n for n in converted if config.inputs(n).norm_eps is not None)
@@ -118,6 +123,8 @@ class BitDistillerHfQuantizer(HfQuantizer):
                 tensor.requires_grad_(False)  # the loader makes every floating tensor trainable,
                 tensor.data = tensor.data.to(dtype)  # and casts those of modules that a model wants in fp32
         for module in model.modules():
+            if isinstance(module, PackedEmbedding):
+                getattr(module, ROWS).requires_grad_(False)
             if isinstance(module, SubLN):
                 module.weight.requires_grad_(self.quantization_config.state == "latent")
                 module.weight.data = module.weight.data.float()
@@ -161,6 +168,8 @@ class QuantizeOnLoad(ConversionOps):
         gains: dict[str, Tensor] = {}
         if norm is not None:  # no full-precision checkpoint has them
             gains[f"{module_name}.{INPUT_NORM}.weight"] = nn.Parameter(torch.ones(norm.weight.shape))
+        if isinstance(module, PackedEmbedding):
+            gains[f"{module_name}.{ROWS}"] = nn.Parameter(torch.empty(0, dtype=module.row_dtype), requires_grad=False)
         if full_name in self.hf_quantizer.transposed:
             weight = weight.T.contiguous()
         if self.hf_quantizer.quantization_config.state == "packed":

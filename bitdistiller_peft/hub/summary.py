@@ -7,11 +7,19 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from bitdistiller_peft.kernels import backend_info
-from bitdistiller_peft.layers import ZERO_POINT, PackedExperts, PackedLinear, iter_quantized, packed_layout
+from bitdistiller_peft.layers import (
+    ZERO_POINT,
+    PackedEmbedding,
+    PackedExperts,
+    PackedLinear,
+    iter_quantized,
+    packed_layout,
+)
 from bitdistiller_peft.quantizers import QuantSpec
 
 CODES, SCALES, ZERO_POINTS, EMBEDDINGS, HEAD, NORMS, OTHER, PADDING, METADATA = PARTS = (
@@ -33,7 +41,7 @@ class PartSize:
 
     Attributes:
         part: one of `PARTS`. Padding is what fills up the last word of rows of codes and zero points, metadata the
-            header of the files; a quantized head counts as codes and scales, a tied one as embeddings.
+            header of the files; a quantized embedding or head counts as codes and scales, a tied head as embeddings.
         num_weights: weights of the model that it holds; 0 for what only serves others.
         stored_bits: its size.
     """
@@ -168,11 +176,12 @@ def quant_summary(model: nn.Module) -> QuantSummary:
     counted: set[int] = set()
     device = ""
     for module_name, module, name, spec in iter_quantized(model):
+        is_tied = id(getattr(module, name)) in counted  # a head with the table of the embedding
         counted |= {id(p) for key, p in module.named_parameters(recurse=False) if key.startswith(name)}
-        if _is_inactive(model, module_name):
+        if is_tied or _is_inactive(model, module_name):
             continue
         shape = _dense_shape(module, name)
-        state = "packed" if isinstance(module, (PackedLinear, PackedExperts)) else "latent"
+        state = "packed" if isinstance(module, (PackedLinear, PackedExperts, PackedEmbedding)) else "latent"
         if state == "packed":
             device = getattr(module, name).device.type
         kind = (spec.grid.name, spec.grid.bits, str(spec.group_size), state)
@@ -253,6 +262,9 @@ def _dense_shape(module: nn.Module, name: str) -> tuple[int, ...]:
     weight: Tensor = getattr(module, name)
     if isinstance(module, PackedLinear):
         return (module.out_features, module.in_features)
+    if isinstance(module, PackedEmbedding):
+        table: Any = module
+        return (table.num_embeddings, table.embedding_dim)
     if isinstance(module, PackedExperts):
         return (*weight.shape[:-1], module.in_features[name])
     return tuple(weight.shape)

@@ -1,4 +1,4 @@
-"""nn.Modules that know torch only: fake-quantized and packed linear layers and experts."""
+"""nn.Modules that know torch only: fake-quantized and packed linear layers, experts and embeddings."""
 
 from bitdistiller_peft.layers.companions import (
     SCALE,
@@ -20,6 +20,7 @@ from bitdistiller_peft.layers.companions import (
     register_packed,
     set_learned_params,
 )
+from bitdistiller_peft.layers.embedding import ROWS, PackedEmbedding, to_packed_embedding
 from bitdistiller_peft.layers.experts import (
     FakeQuantExperts,
     PackedExperts,
@@ -47,6 +48,7 @@ from bitdistiller_peft.layers.sub_norm import SUBLN_EPS, SUBLN_PLACEMENTS, SubLN
 __all__ = [
     "INPUT_NORM",
     "NO_CHANGE",
+    "ROWS",
     "SCALE",
     "SCALE_NEGATIVE",
     "SCALE_RESIDUAL",
@@ -59,6 +61,7 @@ __all__ = [
     "FakeQuantWeight",
     "InputSpec",
     "KeptValues",
+    "PackedEmbedding",
     "PackedExperts",
     "PackedLinear",
     "SubLN",
@@ -86,6 +89,7 @@ __all__ = [
     "register_packed",
     "set_learned_params",
     "to_fake_quant_experts",
+    "to_packed_embedding",
     "to_packed_experts",
     "weight_dtype",
 ]

@@ -73,7 +73,8 @@ class FakeQuantExperts(_QuantExperts):
         return fake_quantized(self, name, compute_dtype(inputs))  # type: ignore[arg-type]
 
 
-def _with_mixin(module: nn.Module, mixin: type) -> None:
+def with_mixin(module: nn.Module, mixin: type) -> None:
+    """Put a mixin before the class of one module, which keeps its name."""
     cls = type(module)
     if not issubclass(cls, mixin):
         # same name: configs, error messages and weight conversions look at it
@@ -82,7 +83,7 @@ def _with_mixin(module: nn.Module, mixin: type) -> None:
 
 def to_fake_quant_experts(module: nn.Module) -> None:
     """Let an experts module train under fake quantization, in place; specs come with `attach_learned_params`."""
-    _with_mixin(module, FakeQuantExperts)
+    with_mixin(module, FakeQuantExperts)
 
 
 def to_packed_experts(
@@ -97,6 +98,6 @@ def to_packed_experts(
         tensors: as from `packed_tensors`.
         in_features: input width of the parameter.
     """
-    _with_mixin(module, PackedExperts)
+    with_mixin(module, PackedExperts)
     module.in_features = {**module.__dict__.get("in_features", {}), name: in_features}  # type: ignore[assignment]
     register_packed(module, name, spec, tensors)

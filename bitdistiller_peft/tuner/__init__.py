@@ -4,6 +4,7 @@ from bitdistiller_peft.tuner._socket import register
 
 __all__ = [
     "BitDistillerConfig",
+    "BitDistillerEmbedding",
     "BitDistillerLayer",
     "BitDistillerModel",
     "borrowed",
@@ -17,6 +18,7 @@ from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import BitDistillerLayer
 from bitdistiller_peft.tuner.lending import borrowed, full_precision
 from bitdistiller_peft.tuner.model import BitDistillerModel
+from bitdistiller_peft.tuner.overlays import BitDistillerEmbedding
 from bitdistiller_peft.tuner.pack import note_provenance
 
 register(BitDistillerConfig, BitDistillerModel)

@@ -13,12 +13,12 @@ from peft.utils import PeftType
 from bitdistiller_peft.errors import UnknownNameError
 from bitdistiller_peft.hub.config import check_packing
 from bitdistiller_peft.hub.projections import check_subln_modules, has_subln
-from bitdistiller_peft.layers import SUBLN_EPS, InputSpec, Trained, check_subln
+from bitdistiller_peft.layers import NO_CHANGE, SUBLN_EPS, InputSpec, Trained, check_subln
 from bitdistiller_peft.quantizers import QuantSpec, check_activation_bits
 from bitdistiller_peft.recipes import declare_fields, get_recipe
 from bitdistiller_peft.recipes.targets import check_target, needed_zero_point_range
 from bitdistiller_peft.tuner.card import replace_card_of_peft
-from bitdistiller_peft.tuner.rules import check_choices, check_pattern
+from bitdistiller_peft.tuner.rules import check_choices, check_pattern, check_table_bits, table_settings
 
 OVERRIDE_KEYS = ("bits", "grid", "group_size", "scale_dtype", "zero_point_range", "refine", "tied")
 
@@ -67,6 +67,10 @@ class BitDistillerConfig(PeftConfig):
         packing: how `pack_and_unload` lays out codes: `"bitstream"`, or `"base3"` (five codes a byte) for ternary ones.
         train_other: what else is trained, as copies that `disable_adapter()` undoes: `"none"`, `"norms"`, or `"all"`
             (norms, embeddings and output head).
+        embedding_bits: code width of the embedding's table, e.g. 8 or 4; `None` leaves it in full precision. It is
+            trained and packed like a layer: on grid `"int_sym"` if `grid` is that, else on `"int"`, in groups of
+            `group_size`. A head that is tied to it shares the codes.
+        head_bits: the same for the output head; for a tied one, the two mean the same.
         overrides: other settings for some layers, by a pattern that must match the end of the module name, e.g.
             `{"down_proj": {"bits": 4}}`; the first match counts.
         target: the engine to serve with: `"vllm"`, `"llama.cpp"`, `"mlx"`, `"onnx"` or `"transformers"`; settings that
@@ -135,6 +139,12 @@ class BitDistillerConfig(PeftConfig):
     train_other: str = field(
         default="none", metadata={"help": "Also train copies of: 'none', 'norms', 'all' (norms, embeddings, head)."}
     )
+    embedding_bits: int | None = field(
+        default=None, metadata={"help": "Code width of the embedding's table, e.g. 8 or 4; None leaves it alone."}
+    )
+    head_bits: int | None = field(
+        default=None, metadata={"help": "Code width of the output head; a tied one has the embedding's."}
+    )
     overrides: dict[str, dict[str, Any]] = field(
         default_factory=dict, metadata={"help": "Settings for some layers, by the end of the module name."}
     )
@@ -183,6 +193,7 @@ class BitDistillerConfig(PeftConfig):
         """Check every value now, so that nothing is refused half-way through a model."""
         super().__post_init__()
         self.peft_type = PeftType("BITDISTILLER")
+        self.table_bits: dict[str, int] = {}  # of the embedding and the head of the model at hand, by name
         for name in ("target_modules", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, set(value) if isinstance(value, (list, tuple)) else value)
@@ -193,9 +204,10 @@ class BitDistillerConfig(PeftConfig):
         check_subln(self.subln, self.subln_eps)
         check_subln_modules(self.subln, self.subln_modules)
         check_packing(self.spec(), self.packing)
+        check_table_bits(self)
         for pattern, override in self.overrides.items():
             check_pattern(pattern)
-            self._spec_with(pattern, override)
+            self._spec_with(pattern, override, {key: getattr(self, key) for key in OVERRIDE_KEYS})
         if self.target is not None:
             self.zero_point_range = self.zero_point_range or needed_zero_point_range(self, self.target)
             check_target(self, self.target)
@@ -233,10 +245,13 @@ class BitDistillerConfig(PeftConfig):
         Raises:
             ConfigError: a value outside its rule, or an unknown key in `overrides`.
         """
+        common = {key: getattr(self, key) for key in OVERRIDE_KEYS}
+        if module_name in self.table_bits:
+            common |= table_settings(self.grid, self.table_bits[module_name])
         for pattern, override in self.overrides.items():
             if module_name is not None and re.search(rf"(^|\.)(?:{pattern})$", module_name):
-                return self._spec_with(pattern, override)
-        return self._spec_with("", {})
+                return self._spec_with(pattern, override, common)
+        return self._spec_with("", {}, common)
 
     def inputs(self, module_name: str) -> InputSpec:
         """What happens to the inputs of a module before they are multiplied.
@@ -244,14 +259,16 @@ class BitDistillerConfig(PeftConfig):
         Args:
             module_name: dotted name of a targeted layer.
         """
+        if module_name in self.table_bits:
+            return NO_CHANGE
         is_normed = has_subln(module_name, self.subln, self.subln_modules)
         return InputSpec(self.activation_bits, self.subln_eps if is_normed else None)
 
-    def _spec_with(self, pattern: str, override: dict[str, Any]) -> QuantSpec:
+    def _spec_with(self, pattern: str, override: dict[str, Any], common: dict[str, Any]) -> QuantSpec:
         unknown = sorted(set(override) - set(OVERRIDE_KEYS))
         if unknown:
             raise UnknownNameError(f"overrides[{pattern!r}]", unknown[0], OVERRIDE_KEYS)
-        values = {key: getattr(self, key) for key in OVERRIDE_KEYS} | override
+        values = common | override
         values |= {"gradient": self.gradient, "arithmetic": self.arithmetic}
         spec = QuantSpec.create(values.pop("grid"), values.pop("bits"), **values)
         return spec.packed_as(self.packing)

@@ -1,7 +1,7 @@
 """The overlay: a frozen base layer, and beside it one trainable fake-quantized weight per adapter.
 
 `disable_adapter()` therefore is the full-precision teacher, exactly. The base layer may be a linear layer, a `Conv1D`
-(GPT-2; its weight is stored transposed) or fused experts (several 3-D parameters).
+(GPT-2; its weight is stored transposed), fused experts (several 3-D parameters), or an embedding with a tied head.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bitdistiller_peft.errors import ConfigError, StateError, WeightError
-from bitdistiller_peft.hub.modules import expert_parameters, is_experts
+from bitdistiller_peft.hub.modules import expert_parameters
 from bitdistiller_peft.kernels import compute_dtype
 from bitdistiller_peft.layers import (
     NO_CHANGE,
@@ -271,13 +271,6 @@ class BitDistillerExperts(BitDistillerLayer):
         dtype = compute_dtype(args[0] if args else next(iter(kwargs.values())))
         dense = {name: student(dtype) for name, student in students.items()}
         return forward_with(self.base_layer, dense, type(self.base_layer).forward, *args, **kwargs)
-
-
-def overlay(target: nn.Module) -> BitDistillerLayer:
-    """Wrap a base layer; an overlay is returned as it is."""
-    if isinstance(target, BitDistillerLayer):
-        return target
-    return BitDistillerExperts(target) if is_experts(target) else BitDistillerLinear(target)
 
 
 def _allocates_on_meta() -> bool:

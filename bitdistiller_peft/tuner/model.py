@@ -13,8 +13,10 @@ from torch import nn
 
 from bitdistiller_peft.errors import BitDistillerError, ConfigError, TargetError, UnknownNameError, add_location
 from bitdistiller_peft.tuner.config import BitDistillerConfig
-from bitdistiller_peft.tuner.layer import PREFIX, BitDistillerLayer, overlay
+from bitdistiller_peft.tuner.layer import PREFIX, BitDistillerLayer
+from bitdistiller_peft.tuner.overlays import overlay
 from bitdistiller_peft.tuner.pack import pack_model
+from bitdistiller_peft.tuner.tables import resolve_tables, tie_head
 from bitdistiller_peft.tuner.targets import (
     check_engine,
     check_model,
@@ -55,6 +57,7 @@ class BitDistillerModel(BaseTuner):
 
     def _prepare_model(self, peft_config: BitDistillerConfig, model: nn.Module) -> None:
         check_model(model)
+        resolve_tables(peft_config, model)
         resolve_targets(peft_config, model)
         check_engine(peft_config, model)
         check_targets(peft_config, model)
@@ -95,6 +98,15 @@ class BitDistillerModel(BaseTuner):
             raise add_location(error, f"layer {current_key!r}") from None
         if layer is not target:
             self._replace_module(parent, target_name, layer, target)
+        tie_head(self.model, current_key, layer)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        # PEFT knows target_modules only, and would save an embedding in full precision if it stood there
+        return key in peft_config.table_bits or BaseTuner._check_target_module_exists(peft_config, key)
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # no reason to warn: what is tied shares one student, or was refused
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # PEFT's own version copies the float weight over whatever the new module holds

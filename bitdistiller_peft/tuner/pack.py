@@ -16,6 +16,7 @@ from bitdistiller_peft.errors import BitDistillerError, StateError, WeightError,
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.convert import convertible
 from bitdistiller_peft.hub.quantizer import as_quantized
+from bitdistiller_peft.hub.tables import tie_packed_head, tied_head
 from bitdistiller_peft.layers import (
     InputSpec,
     PackedLinear,
@@ -25,11 +26,13 @@ from bitdistiller_peft.layers import (
     quant_specs,
     quantized,
     register_packed,
+    to_packed_embedding,
     to_packed_experts,
 )
 from bitdistiller_peft.quantizers import QuantSpec
 from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import BitDistillerLayer, BitDistillerLinear
+from bitdistiller_peft.tuner.overlays import BitDistillerEmbedding, BitDistillerTiedHead
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,7 @@ class _Packed:
     tensors: dict[str, Tensor]
     inputs: InputSpec
     norm: SubLN | None
+    is_embedding: bool = False
 
 
 def pack_model(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]], *, progressbar: bool) -> nn.Module:
@@ -69,6 +73,7 @@ def pack_model(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]], *,
     base_model, noted = _base_model_name(model), _noted(model, layers)
     for entry in packed:
         _put_in_place(model, entry)
+    _pack_tied_heads(model, packed)
     _unwrap_saved_modules(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -109,11 +114,18 @@ def _pack_parameter(name: str, layer: BitDistillerLayer, parameter: str) -> _Pac
     if norm is not None and not bool(torch.isfinite(norm.weight).all()):
         raise WeightError(f"the gains of a SubLN must be finite: got NaN or Inf in layer {name!r}.")
     inputs = InputSpec(layer.activation_bits[adapter_name], None if norm is None else norm.eps)
-    return _Packed(name, parameter, spec, codes.shape[-1], packed_tensors(codes, params, spec), inputs, norm)
+    tensors, is_embedding = packed_tensors(codes, params, spec), isinstance(layer, BitDistillerEmbedding)
+    return _Packed(name, parameter, spec, codes.shape[-1], tensors, inputs, norm, is_embedding)
 
 
 def _put_in_place(model: nn.Module, entry: _Packed) -> None:
     layer = model.get_submodule(entry.layer_name)
+    if isinstance(layer, BitDistillerEmbedding):
+        table = layer.base_layer
+        to_packed_embedding(table, entry.spec, entry.tensors, table.weight.dtype)  # type: ignore[arg-type]
+        table.train(layer.training)
+        model.set_submodule(entry.layer_name, table)
+        return
     if isinstance(layer, BitDistillerLinear):
         new = PackedLinear(layer.in_features, layer.out_features, spec=entry.spec, device="meta")
         register_packed(new, "weight", entry.spec, entry.tensors)
@@ -127,6 +139,15 @@ def _put_in_place(model: nn.Module, entry: _Packed) -> None:
     experts = layer.base_layer if isinstance(layer, BitDistillerLayer) else layer
     to_packed_experts(experts, entry.parameter, entry.spec, entry.tensors, entry.in_features)
     model.set_submodule(entry.layer_name, experts)
+
+
+def _pack_tied_heads(model: nn.Module, packed: list[_Packed]) -> None:
+    tables = {entry.layer_name for entry in packed if entry.is_embedding}
+    heads = [(name, m) for name, m in model.named_modules() if isinstance(m, BitDistillerTiedHead)]
+    for name, head in heads:
+        model.set_submodule(name, head.base_layer)
+        table = next(table for table in tables if tied_head(model, table) == name)
+        tie_packed_head(model, table, name)
 
 
 def _unwrap_saved_modules(model: nn.Module) -> None:
@@ -178,15 +199,17 @@ def _quant_config(
     # a layout for ternary codes can only be said where the commonest grid is ternary
     common = max(dict.fromkeys(specs), key=lambda spec: (spec.packing == "base3", specs.count(spec)))
     values: dict[str, Any] = common.to_dict()
+    embeddings = [entry.layer_name for entry in packed if entry.is_embedding]
     normed = {entry.layer_name: entry.inputs.norm_eps for entry in packed if entry.inputs.norm_eps is not None}
     if normed:
-        values["subln"] = "all" if len(normed) == len(by_layer) else "output"
+        values["subln"] = "all" if len(normed) == len(by_layer) - len(embeddings) else "output"
         values["subln_eps"] = next(iter(normed.values()))
         values["subln_modules"] = sorted(normed) if values["subln"] == "output" else None
     return BitDistillerQuantConfig(
         **values,
         state="packed",
-        activation_bits=packed[0].inputs.activation_bits,
+        activation_bits=next((e.inputs.activation_bits for e in packed if not e.is_embedding), None),
+        embeddings=embeddings,
         packing="base3" if any(spec.packing == "base3" for spec in specs) else "bitstream",
         modules_to_not_convert=sorted(name for name, module in convertible(model) if not quant_specs(module)),
         overrides={

@@ -7,6 +7,7 @@ import re
 from typing import Any
 
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
+from bitdistiller_peft.grids import get_grid
 
 MASTER_DTYPES = ("float32", "base")
 TRAINABLE = ("all", "quantization", "lora")
@@ -84,3 +85,38 @@ def check_pattern(pattern: object) -> None:
         raise ConfigError(
             f"`overrides` must have regular expressions as keys: got {pattern!r} ({error}). Use e.g. 'down_proj'."
         ) from None
+
+
+def table_settings(grid: str, bits: int) -> dict[str, Any]:
+    """The settings of an embedding or a head in place of those of the layers.
+
+    Args:
+        grid: the grid of the layers; a table has an integer one, which alone has 8 bits.
+        bits: code width of the table.
+    """
+    own = grid if grid == "int_sym" else "int"
+    return {"grid": own, "bits": bits, "zero_point_range": None, "refine": None, "tied": False}
+
+
+def check_table_bits(config: Any) -> None:
+    """Refuse widths of embeddings and heads that integer grids have not, and what heads have no place for.
+
+    Args:
+        config: a `BitDistillerConfig` whose fields are set.
+
+    Raises:
+        ConfigError: the message says what would work.
+    """
+    for name in ("embedding_bits", "head_bits"):
+        bits = getattr(config, name)
+        if bits is not None:
+            try:
+                get_grid(table_settings(config.grid, bits)["grid"], bits)
+            except ConfigError:
+                raise ConfigError(f"`{name}` must be 2, 3, 4, 8 or None: got {name}={bits!r}. Use 8.") from None
+    if config.head_bits is not None and (config.activation_bits is not None or config.subln == "all"):
+        raise ConfigError(
+            "`head_bits` must be None with activation_bits or subln='all', which heads are left out of: got "
+            f"head_bits={config.head_bits!r}, activation_bits={config.activation_bits!r}, subln={config.subln!r}. Use "
+            "head_bits=None."
+        )

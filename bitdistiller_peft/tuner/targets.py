@@ -29,6 +29,7 @@ from bitdistiller_peft.quantizers import find_params
 from bitdistiller_peft.recipes.targets import TargetLayer, check_target_layers
 from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import BitDistillerLayer
+from bitdistiller_peft.tuner.overlays import BitDistillerEmbedding, BitDistillerTiedHead
 
 ALL_LINEAR = "all-linear"
 
@@ -110,9 +111,10 @@ def _is_in_chosen_layers(config: BitDistillerConfig, name: str) -> bool:
 
 def linear_like(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Names of the modules that can be quantized; those that an adapter wraps already count under their own name."""
-    wrapped = [(n, m) for n, m in model.named_modules() if isinstance(m, BitDistillerLayer)]
+    every = [(n, m) for n, m in model.named_modules() if isinstance(m, BitDistillerLayer)]
+    wrapped = [(n, m) for n, m in every if not isinstance(m, (BitDistillerEmbedding, BitDistillerTiedHead))]
     saved = tuple(f"{n}." for n, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper))
-    inside = (*(f"{name}." for name, _ in wrapped), *saved)
+    inside = (*(f"{name}." for name, _ in every), *saved)
     plain = [(n, m) for n, m in convertible(model) if not (inside and n.startswith(inside))]
     return [*wrapped, *plain]
 
@@ -164,6 +166,8 @@ def check_engine(config: BitDistillerConfig, model: nn.Module) -> None:
 
 def is_target(config: BitDistillerConfig, name: str) -> bool:
     """Whether the config targets the module of this name."""
+    if name in config.table_bits:
+        return True
     matched = check_target_module_exists(config, name)
     return bool(matched) and not isinstance(matched, _ExcludedModule)
 
@@ -191,12 +195,12 @@ def _check_target(name: str, module: nn.Module, config: BitDistillerConfig, tied
         check_experts(base, name)
         check_expert_groups(spec)
         check_expert_inputs(config.activation_bits, config.subln)
-    elif not is_linear(base):
+    elif not is_linear(base) and name not in config.table_bits:
         raise TargetError(
             f"a targeted module must be a linear layer, a Conv1D or fused experts: got {type(base).__name__}. "
             "Narrow target_modules, or leave it out with exclude_modules."
         )
-    if name in tied:
+    if name in tied and name not in config.table_bits:
         raise TargetError(
             "a targeted weight must not be tied: it is shared with another module. Leave it out of target_modules, "
             "or untie it first (config.tie_word_embeddings=False and a clone of the weight)."
@@ -222,14 +226,15 @@ def other_modules(config: BitDistillerConfig, model: nn.Module) -> list[str]:
         getters = [getattr(model, f"get_{kind}_embeddings", None) for kind in ("input", "output")]
         chosen = {id(getter()) for getter in getters if getter is not None and getter() is not None}
         found = [name for name, module in model.named_modules() if id(module) in chosen]
-        if tied_names(model) & set(found):
+        tied = tied_names(model) & set(found)
+        if tied and not config.table_bits:  # else they are trained as one table
             raise TargetError(
                 f"`train_other` must not be 'all' where embeddings and head are tied: got tied modules {found}. "
                 "Use train_other='norms', which trains all but these, or untie them first, at the price of a second "
                 "matrix: head = model.get_output_embeddings(); head.weight = torch.nn.Parameter(head.weight.clone()); "
                 "model.config.tie_word_embeddings = False; model.all_tied_weights_keys = {}."
             )
-        names |= {name for name in found if not is_target(config, name)}
+        names |= {name for name in found if not is_target(config, name) and name not in tied}
     return sorted({re.sub(r"^.*\.\d+\.", "", name) for name in names})
 
 

@@ -248,6 +248,8 @@ KNOBS = {
     "lora_alpha": (1.0, updated_logits, {"trainable": "lora"}),
     "master_dtype": ("base", trainable_dtypes, {}),
     "train_other": ("norms", trainable_names, {}),
+    "embedding_bits": (8, trainable_names, {}),
+    "head_bits": (8, trainable_names, {}),
     "overrides": ({"down_proj": {"bits": 4}}, start_logits, {}),
     "refine": ("least_squares", start_logits, {"grid": "r2q", "learn_scale": False}),
     "tied": (True, start_logits, {"grid": "r2q"}),
