@@ -21,7 +21,6 @@ TRAINING: dict[str, Any] = {
     "gradient_checkpointing": False,
     "logging_steps": 4,
     "save_strategy": "no",
-    "bf16": True,
     "use_cpu": not torch.cuda.is_available(),
 }
 

@@ -11,8 +11,8 @@ import sys
 from pathlib import Path
 
 from demo_measure import say
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from workbench import SEQ_LEN
+from transformers import AutoTokenizer
+from workbench import SEQ_LEN, load_fast
 
 from bitdistiller_peft import evaluate_perplexity
 
@@ -30,7 +30,7 @@ def evaluate_elsewhere(folder: Path, evaluation: str, chunks: int) -> dict:
 def main(folder: str, text: str, chunks: str) -> None:
     """Reload, evaluate, ask."""
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_pretrained(folder)
+    model = load_fast(folder)
     evaluation = Path(text).read_text(encoding="utf-8")
     result = evaluate_perplexity(model, tokenizer, evaluation, seq_len=SEQ_LEN, max_chunks=int(chunks))
     prompt = tokenizer.apply_chat_template(

@@ -73,7 +73,6 @@ def trained(bench: Workbench, name: str, overrides: dict[str, Any], args: argpar
             logging_steps=max(1, args.steps // 6),
             save_strategy="no",
             report_to="none",
-            bf16=True,
             use_cpu=not torch.accelerator.is_available(),
             **RATES,
             **overrides,

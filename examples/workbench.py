@@ -5,14 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from demo_measure import Row, measured, say, table, weight_bytes, write_summary
 from demo_text import DemoText
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bitdistiller_peft import BitDistillerQuantConfig, evaluate_perplexity, quant_summary
+from bitdistiller_peft.hub import loading_dtype, restore_dtype, stored_dtype
 
 SEQ_LEN = 512
+
+
+def load_fast(source: str | Path, **kwargs: Any) -> Any:
+    """Load a model in the dtype that this processor is fast in."""
+    dtype = loading_dtype(stored_dtype(str(source)), "cpu")
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **kwargs)
 
 
 class Workbench:
@@ -28,11 +34,12 @@ class Workbench:
     def __init__(self, model: str, text: DemoText, output: Path, *, chunks: int) -> None:
         self.model, self.text, self.output, self.chunks = model, text, output, chunks
         self.tokenizer = AutoTokenizer.from_pretrained(model)
+        self.stored = stored_dtype(model)
         self.rows: list[Row] = []
 
     def load(self, **kwargs: Any) -> Any:
-        """The full-precision model, fresh."""
-        return AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.bfloat16, **kwargs)
+        """The full-precision model, fresh; in fp32 where the processor has no instructions for its 16 bits."""
+        return load_fast(self.model, **kwargs)
 
     def evaluate(self, row: Row, model: Any) -> None:
         """Note a model's perplexity."""
@@ -42,8 +49,9 @@ class Workbench:
         row.perplexity, row.protocol = result.perplexity, result.protocol
 
     def save(self, row: Row, model: Any) -> Path:
-        """Save a packed model and its tokenizer, and note its size."""
+        """Save a packed model and its tokenizer, in the dtype that the model came in, and note its size."""
         folder = self.output / row.name
+        restore_dtype(model, self.stored)
         model.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         row.bits_per_weight, row.file_bytes = quant_summary(model).bits_per_weight, weight_bytes(folder)
@@ -54,6 +62,7 @@ class Workbench:
         with measured("full_precision", self.rows) as row:
             model = self.load()
             self.evaluate(row, model)
+            restore_dtype(model, self.stored)
             row.bits_per_weight, row.file_bytes = quant_summary(model).bits_per_weight, weight_bytes(Path(self.model))
 
     def rounded(self, name: str, **settings: Any) -> None:
@@ -65,7 +74,7 @@ class Workbench:
 
     def reloaded(self, row: Row, packed: Any) -> None:
         """Save a packed model, and score what comes back from disk."""
-        self.evaluate(row, AutoModelForCausalLM.from_pretrained(self.save(row, packed)))
+        self.evaluate(row, load_fast(self.save(row, packed)))
 
     def perplexity(self, name: str) -> float:
         """The perplexity of a row."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from bitdistiller_peft.cli.precision import restore_dtype, stored_dtype
 from bitdistiller_peft.cli.verb import Console, Settings
 
 
@@ -22,7 +21,7 @@ def save_packed(student: Any, tokenizer: Any, folder: Path, console: Console, se
     Returns:
         ``packed``, ``bits_per_weight`` and ``bytes``, of the weight files.
     """
-    from bitdistiller_peft.hub import quant_summary
+    from bitdistiller_peft.hub import quant_summary, restore_dtype, stored_dtype
 
     model = student.pack_and_unload()
     if settings["dtype"] == "auto":

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
-from bitdistiller_peft.cli.precision import compute_dtype
+from bitdistiller_peft.cli.precision import asked_dtype
 from bitdistiller_peft.cli.verb import Settings
 
 PROBE_TOKENS = 256
@@ -78,7 +78,7 @@ def _model(config: Any, settings: Settings, blocks: int, device: str) -> Any:
     if getattr(text, "layer_types", None):
         text.layer_types = text.layer_types[:blocks]
     stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-    dtype = getattr(torch, compute_dtype(settings["dtype"], stored, device))
+    dtype = getattr(torch, asked_dtype(settings["dtype"], stored, device))
     with torch.random.fork_rng():
         return AutoModelForCausalLM.from_config(small, dtype=dtype).to(device)
 

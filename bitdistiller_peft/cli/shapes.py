@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from bitdistiller_peft.cli.memory import Sizes
-from bitdistiller_peft.cli.precision import compute_dtype
+from bitdistiller_peft.cli.precision import asked_dtype
 from bitdistiller_peft.cli.verb import Settings
 from bitdistiller_peft.errors import BitDistillerError, ConfigError, add_location
 
@@ -40,7 +40,7 @@ def measure(settings: Settings, device: str) -> Sizes:
         model = AutoModelForCausalLM.from_config(config)
     stored = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     asked = settings["dtype"]
-    width = _DTYPES.get(compute_dtype(asked, stored, device), 4)
+    width = _DTYPES.get(asked_dtype(asked, stored, device), 4)
     saved = _DTYPES.get(stored if asked == "auto" else asked, 4)
     shapes = _targets(model, quant)
     packed = sum(packed_bytes(spec, shape) for _, shape, spec in shapes)

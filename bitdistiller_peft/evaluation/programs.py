@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import secrets
+import signal
 import subprocess
 import sys
 import tempfile
@@ -22,7 +23,10 @@ from typing import Any
 import numpy as np
 
 SECONDS = 3.0
-"""What a program may take, as in HumanEval (Chen et al. 2021, section 2.3)."""
+"""What a program may take, as in HumanEval (Chen et al. 2021, section 2.3); of the processor, where that is counted."""
+
+PATIENCE = 10
+"""Times as long by the clock, for programs that wait; else a busy machine would fail programs that are right."""
 
 MEMORY = 4 << 30
 """Bytes of address space of a program."""
@@ -30,17 +34,22 @@ MEMORY = 4 << 30
 NAME = "code_eval"
 
 _CHILD = f"""
-import sys
+import os, sys
 word = sys.stdin.readline()
+seconds = int(sys.stdin.readline())
 source = sys.stdin.read()
 try:
     import resource
     for kind, most in ((resource.RLIMIT_AS, {MEMORY}), (resource.RLIMIT_FSIZE, 1 << 20), (resource.RLIMIT_CORE, 0)):
         resource.setrlimit(kind, (most, most))
+    resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds + 1))
 except ImportError:
     pass
-out = sys.stdout
-sys.stdin = sys.stdout = sys.stderr = open("/dev/null" if sys.platform != "win32" else "NUL", "r+")
+out = os.fdopen(os.dup(1), "w")  # of this process alone; what the program starts has no way to answer
+nowhere = open(os.devnull, "r+")
+for number in range(3):
+    os.dup2(nowhere.fileno(), number)
+sys.stdin = sys.stdout = sys.stderr = nowhere
 try:
     exec(compile(source, "<program>", "exec"), {{"__name__": "__main__"}})
 except BaseException as error:
@@ -56,7 +65,8 @@ def run_program(source: str, *, seconds: float = SECONDS) -> str:
 
     Args:
         source: Python; with its checks, which raise where something is wrong.
-        seconds: what it may take, the start of Python included.
+        seconds: what it may take of the processor, in whole seconds, the start of Python included; by the clock,
+            `PATIENCE` times as long.
 
     Returns:
         ``"passed"``, ``"timed out"``, or ``"failed: "`` and why. A program that leaves before its end has failed,
@@ -74,11 +84,14 @@ def run_program(source: str, *, seconds: float = SECONDS) -> str:
             start_new_session=True,
         )
         try:
-            said, _ = child.communicate(f"{word}\n{source}".encode(errors="replace"), timeout=seconds)
+            given = f"{word}\n{math.ceil(seconds)}\n{source}".encode(errors="replace")
+            said, _ = child.communicate(given, timeout=PATIENCE * seconds)
         except subprocess.TimeoutExpired:
             return "timed out"
         finally:
             _end(child)
+    if hasattr(signal, "SIGXCPU") and child.returncode == -signal.SIGXCPU:
+        return "timed out"
     text = said.decode(errors="replace").strip()
     if text == word:
         return "passed"

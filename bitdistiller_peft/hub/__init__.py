@@ -5,6 +5,7 @@ import transformers.quantizers.auto  # noqa: F401
 
 from bitdistiller_peft.hub.config import FORMAT_VERSION, QUANT_METHOD, BitDistillerQuantConfig
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME, verify_files, write_manifest
+from bitdistiller_peft.hub.precision import loading_dtype, restore_dtype, stored_dtype
 from bitdistiller_peft.hub.quantizer import BitDistillerHfQuantizer
 from bitdistiller_peft.hub.summary import QuantSummary, print_quant_summary, quant_summary
 from bitdistiller_peft.hub.verify import verify_checkpoint
@@ -16,8 +17,11 @@ __all__ = [
     "BitDistillerHfQuantizer",
     "BitDistillerQuantConfig",
     "QuantSummary",
+    "loading_dtype",
     "print_quant_summary",
     "quant_summary",
+    "restore_dtype",
+    "stored_dtype",
     "verify_checkpoint",
     "verify_files",
     "write_manifest",

@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from bitdistiller_peft.hub.card_sections import MEASURED, mark, put_part, results_by_hand
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.summary import QuantSummary
 
@@ -22,11 +23,7 @@ _TEMPLATE = """---
 
 {intro}
 
-## Size
-
 {size}
-
-{summary}
 
 {made}
 
@@ -86,9 +83,8 @@ def write_card(
         header=header,
         title=Path(location).name,
         intro=intro(base, values, "packed" if is_packed else "in training, as a latent checkpoint"),
-        size=size,
+        size=size_section(f"{size}\n\n{summary.to_markdown()}"),
         without="fails on purpose" if is_packed else "leaves the weights unquantized",
-        summary=summary.to_markdown(),
         made=how_it_was_made(values),
         location=location,
         limits=limits(values),
@@ -123,15 +119,20 @@ def card_header(
     return data.to_yaml().strip()
 
 
+def size_section(text: str) -> str:
+    """The section on what the model takes."""
+    return mark("size", f"## Size\n\n{text}")
+
+
 def intro(base: object, values: Mapping[str, Any], state: str) -> str:
     """The first sentence: of what model, how quantized, in what state."""
     name = f"`{hub_id(base) or Path(str(base)).name}`" if base else "a model built in memory"
     if "bits" not in values:
-        return f"{name[0].upper()}{name[1:]}, trained with bitdistiller_peft; {state}."
+        return mark("about", f"{name[0].upper()}{name[1:]}, trained with bitdistiller_peft; {state}.")
     group = values["group_size"]
     groups = {-1: "one scale per output row", "tensor": "one scale per matrix"}.get(group, f"{group} weights per scale")
     how = f"{values['bits']} bits, grid `{values['grid']}`, {groups}"
-    return f"{name[0].upper()}{name[1:]}, quantized with bitdistiller_peft: {how}; {state}."
+    return mark("about", f"{name[0].upper()}{name[1:]}, quantized with bitdistiller_peft: {how}; {state}.")
 
 
 def how_it_was_made(values: Mapping[str, Any]) -> str:
@@ -149,7 +150,7 @@ def how_it_was_made(values: Mapping[str, Any]) -> str:
     if values.get("written_by"):
         noted["written_by"] = values["written_by"]
     rows = [f"| {_WORDS.get(key, key.replace('_', ' '))} | {_cell(value)} |" for key, value in (shown | noted).items()]
-    return "\n".join(["## How it was made", "", "| | |", "|---|---|", *rows])
+    return mark("made", "\n".join(["## How it was made", "", "| | |", "|---|---|", *rows]))
 
 
 def limits(values: Mapping[str, Any]) -> str:
@@ -162,7 +163,7 @@ def limits(values: Mapping[str, Any]) -> str:
     provenance = values.get("provenance", {})
     if not {"loss", "calibration", "imported_from"} & set(provenance) and values.get("bits", 16) <= 3:
         lines.insert(0, "**Neither calibrated nor trained.** At 2 or 3 bits such a model is as a rule unusable.")
-    return "\n".join(["## Limits", "", *(f"- {line}" for line in lines)])
+    return mark("limits", "\n".join(["## Limits", "", *(f"- {line}" for line in lines)]))
 
 
 def with_results(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
@@ -180,7 +181,7 @@ def with_results(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
     title = next((line.removeprefix("# ") for line in card.text.splitlines() if line.startswith("# ")), "model")
     data: Any = card.data
     data.model_name = title
-    data.eval_results = [
+    results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=str(row["data"]),
@@ -191,18 +192,11 @@ def with_results(text: str, rows: Sequence[Mapping[str, Any]]) -> str:
         )
         for row in rows
     ]
+    data.eval_results = [*results, *results_by_hand(data)]
     lines = [f"| {r['metric'].replace('_', ' ')} | {r['value']:.6g} | {r['data']} | `{r['protocol']}` |" for r in rows]
     section = ["## Measured", "", "| what | value | on | protocol |", "|---|---:|---|---|", *lines]
-    body = _without_section(card.text, section[0]).rstrip()
-    card.text = "\n".join([body, "", *section, ""])
+    card.text = put_part(card.text, MEASURED, mark(MEASURED, "\n".join(section)))
     return str(card)
-
-
-def _without_section(text: str, heading: str) -> str:
-    """A text without a section, up to the next heading of its level."""
-    before, found, after = text.partition(f"{heading}\n")
-    rest = after.partition("\n## ")
-    return before + (f"## {rest[2]}" if rest[1] else "") if found else text
 
 
 def _of_files(summary: QuantSummary) -> float:

@@ -95,7 +95,8 @@ def push_to_hub(
 
     Args:
         self: a model with packed or latent weights.
-        repo_id: where to; the repository is created if need be, and a card that it has already is kept.
+        repo_id: where to; the repository is created if need be. Of a card that it has already, the parts that this
+            library wrote are renewed.
         max_shard_size: largest size of one file.
         private: whether a new repository is private.
         token: access token; the one on this machine by default.

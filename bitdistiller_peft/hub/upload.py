@@ -7,6 +7,7 @@ commit that came through although its answer was lost is not made twice.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,8 +17,10 @@ from typing import Any, TypeVar
 from huggingface_hub import CommitInfo, CommitOperationAdd, HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from bitdistiller_peft.errors import HubError
+from bitdistiller_peft.errors import CheckpointError, HubError
 from bitdistiller_peft.hub.card import CARD_NAME
+from bitdistiller_peft.hub.card_sections import renew_card
+from bitdistiller_peft.hub.manifest import MANIFEST_NAME, read_manifest
 
 WAITS = (1.0, 2.0, 4.0)
 """Seconds between the tries."""
@@ -75,7 +78,7 @@ def open_repository(to: Destination) -> str:
 def commit_files(
     repo: str, files: Mapping[str, Path | bytes], to: Destination, *, message: str, description: str | None = None
 ) -> CommitInfo:
-    """Upload files in one commit; a model card that the repository has already is kept.
+    """Upload files in one commit; of a model card that the repository has already, our own parts are renewed.
 
     Args:
         repo: full name, from `open_repository`.
@@ -90,13 +93,12 @@ def commit_files(
     api = HfApi(token=to.token)
 
     def commit() -> CommitInfo:
-        has_card = CARD_NAME in files and api.file_exists(repo, CARD_NAME, revision=to.branch)
+        contents = {**files, **_renewed_card(api, repo, files, to.branch)}
         operations = [
             CommitOperationAdd(
                 path_in_repo=name, path_or_fileobj=content if isinstance(content, bytes) else str(content)
             )
-            for name, content in files.items()
-            if not (name == CARD_NAME and has_card)
+            for name, content in contents.items()
         ]
         return api.create_commit(
             repo,
@@ -108,6 +110,38 @@ def commit_files(
         )
 
     return _answered(commit, repo)
+
+
+def _renewed_card(api: HfApi, repo: str, files: Mapping[str, Path | bytes], branch: str | None) -> dict[str, bytes]:
+    """The card to upload in the place of that of the files, where the repository has one; else nothing."""
+    if CARD_NAME not in files or not api.file_exists(repo, CARD_NAME, revision=branch):
+        return {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        there = Path(api.hf_hub_download(repo, CARD_NAME, revision=branch, local_dir=folder)).read_bytes()
+        is_same = False
+        if MANIFEST_NAME in files and api.file_exists(repo, MANIFEST_NAME, revision=branch):
+            before = Path(api.hf_hub_download(repo, MANIFEST_NAME, revision=branch, local_dir=folder))
+            is_same = _same_weights(before, files[MANIFEST_NAME], folder)
+    try:
+        text = there.decode()
+    except UnicodeDecodeError:
+        return {CARD_NAME: there}
+    return {CARD_NAME: renew_card(text, _bytes(files[CARD_NAME]).decode(), is_same_model=is_same).encode()}
+
+
+def _same_weights(before: Path, content: Path | bytes, folder: Path) -> bool:
+    """Whether two manifests tell of the same tensors."""
+    now = folder / f"new-{MANIFEST_NAME}"
+    now.write_bytes(_bytes(content))
+    try:
+        return read_manifest(before) == read_manifest(now)
+    except CheckpointError:
+        return False
+
+
+def _bytes(content: Path | bytes) -> bytes:
+    return content if isinstance(content, bytes) else content.read_bytes()
 
 
 def _answered(call: Callable[[], _T], repo: str) -> _T:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from bitdistiller_peft.errors import CheckpointError
-from bitdistiller_peft.hub.card import CARD_NAME, card_header, how_it_was_made, hub_id, intro, limits
+from bitdistiller_peft.hub.card import CARD_NAME, card_header, how_it_was_made, hub_id, intro, limits, size_section
 from bitdistiller_peft.hub.header import read_header
 from bitdistiller_peft.layers import packed_bytes
 
@@ -33,8 +33,6 @@ This folder holds a checkpoint in training (latent weights), not the packed mode
 ```python
 {load}
 ```
-
-## Size
 
 {size}
 
@@ -89,7 +87,7 @@ def student_card(
         title=title,
         intro=intro(base, values, "in training, latent"),
         load=load.format(base=base_model, location=location),
-        size=size,
+        size=size_section(size),
         made=how_it_was_made(values),
         limits=limits(values),
     )

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bitdistiller_peft.cli.verbs import demo
-from bitdistiller_peft.cli.verbs.demo import Budget
+from bitdistiller_peft.cli.verbs.demo import QUICK, Budget
 from tests.cli.conftest import Command
 
 LEAST = Budget(toy_steps=4, samples=2, prompts=4, new_tokens=4, steps=2, chunks=5)
@@ -41,6 +41,16 @@ def test_the_demo_shows_every_step_and_a_table(command: Command, tmp_path: Path)
     assert rows[0]["bits"] == 32
     other = command("demo", "--device", "cpu", "--output", output)
     assert (other.code, "quick was 'True', is 'False'" in other.err) == (2, True)
+
+
+@pytest.mark.slow
+def test_the_quick_demo_shows_what_each_step_is_worth(
+    command: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "QUICK", QUICK)
+    done = command("demo", "--quick", "--device", "cpu", "--output", tmp_path / "demo", "--json")
+    full, rounded, searched, distilled = (row["perplexity"] for row in done.json["rows"])
+    assert full < distilled < searched < rounded
 
 
 @pytest.mark.slow

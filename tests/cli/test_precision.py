@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from bitdistiller_peft import kernels
-from bitdistiller_peft.cli.precision import compute_dtype
+from bitdistiller_peft.cli.precision import asked_dtype
+from bitdistiller_peft.hub import precision
 from tests.cli.conftest import Command
 
 
@@ -27,8 +27,8 @@ from tests.cli.conftest import Command
 def test_a_slow_dtype_is_left_only_where_the_command_is_free(
     asked: str, stored: str, device: str, is_native: bool, chosen: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kernels, "multiplies_bf16", lambda device: is_native)
-    assert compute_dtype(asked, stored, device) == chosen
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: is_native)
+    assert asked_dtype(asked, stored, device) == chosen
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("auto", torch.bfloat16), ("float32", torch.float32)])
@@ -41,7 +41,7 @@ def test_what_is_packed_is_stored_as_the_model_came(
     dtype: str,
     expected: torch.dtype,
 ) -> None:
-    monkeypatch.setattr(kernels, "multiplies_bf16", lambda device: False)
+    monkeypatch.setattr(precision, "multiplies_bf16", lambda device: False)
     half = tmp_path / "half"
     AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).save_pretrained(half)
     for name in ("tokenizer.json", "tokenizer_config.json"):

@@ -278,7 +278,7 @@ def test_serve_hands_over_to_transformers(command: Command, packed: Path, monkey
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """Takes `HfApi`'s place: nothing leaves the machine."""
-    seen = SimpleNamespace(files={}, repository=None, has_card=False)
+    seen = SimpleNamespace(files={}, repository=None, card=None)
 
     def create_repo(self: HfApi, repo_id: str, **kwargs: Any) -> SimpleNamespace:
         seen.repository = {"repo_id": repo_id, **kwargs}
@@ -292,7 +292,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(HfApi, "create_repo", create_repo)
     monkeypatch.setattr(HfApi, "create_commit", create_commit)
-    monkeypatch.setattr(HfApi, "file_exists", lambda self, *args, **kwargs: seen.has_card)
+    monkeypatch.setattr(HfApi, "file_exists", lambda self, repo, name, **kwargs: name == "README.md" and seen.card)
+    monkeypatch.setattr(HfApi, "hf_hub_download", lambda *args, **kwargs: seen.card)
     return seen
 
 
@@ -319,10 +320,11 @@ def test_push_shows_the_files_and_uploads_exactly_them(
 def test_push_keeps_the_card_of_the_repository_and_never_uploads_damage(
     command: Command, packed: Path, hub: SimpleNamespace, tmp_path: Path
 ) -> None:
-    hub.has_card = True
+    (tmp_path / "README.md").write_text("Mine.", encoding="utf-8")
+    hub.card = tmp_path / "README.md"
     folder = shutil.copytree(packed, tmp_path / "model")
     assert command("push", folder, "--repo", "user/tiny").code == 0
-    assert "README.md" not in hub.files
+    assert hub.files["README.md"] == b"Mine."
     content = bytearray((folder / WEIGHTS).read_bytes())
     content[-3] ^= 1
     (folder / WEIGHTS).write_bytes(content)
@@ -369,12 +371,27 @@ def test_init_writes_a_file_that_run_accepts(command: Command, base: Path, files
     done = command("run", "-c", path, "--dry-run", "--json")
     assert done.code == 0, done.err
     assert done.json["stages"] == ["calibrate", "generate", "distill", "eval", "report"]
-    fresh = command("init", tmp_path / "fresh.yaml", "--prompts", tmp_path / "none.txt")
-    assert "none.txt: a prompt per line" in fresh.out
+    named = command("init", tmp_path / "named.yaml", "--prompts", tmp_path / "none.txt")
+    assert "none.txt: a prompt per line" in named.out
+    assert not (tmp_path / "none.txt").exists()
     written = plain(read_yaml(path))
     assert written["quant"] == {"bits": 3, "group_size": 32, "grid": "nf", "learn_zero_point": False}
     again = command(*arguments)
     assert (again.code, "which exists" in again.err) == (2, True)
+
+
+def test_init_alone_is_enough_for_a_run(command: Command, base: Path, files: Path, tmp_path: Path) -> None:
+    path, prompts = tmp_path / "run.yaml", tmp_path / "prompts.txt"
+    arguments = ["--model", base, "--group-size", "32", "--text", files / "text.txt", "--output", tmp_path / "out"]
+    assert command("init", path, *arguments).code == 0
+    lines = prompts.read_text(encoding="utf-8").splitlines()
+    assert len(lines) == len(set(lines)) > 200
+    assert all(line == line.strip() and "{" not in line for line in lines)
+    done = command("run", "-c", path, "--dry-run")
+    assert done.code == 0, done.err
+    prompts.write_text("Mine.\n", encoding="utf-8")
+    assert command("init", tmp_path / "second.yaml", *arguments).code == 0
+    assert prompts.read_text(encoding="utf-8") == "Mine.\n", "what is there stays"
 
 
 # ------------------------------------------------------------------------------------------------ the chain

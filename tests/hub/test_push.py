@@ -13,15 +13,20 @@ import torch
 from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.utils import close_session
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
+from bitdistiller_peft import BitDistillerQuantConfig
 from bitdistiller_peft.cli import main
 from bitdistiller_peft.errors import HubError
 from bitdistiller_peft.hub import MANIFEST_NAME, upload, verify_files
+from bitdistiller_peft.hub.card import with_results
+from bitdistiller_peft.hub.card_sections import find_part
 from tests.hub.fake_hub import READER, TOKEN, FakeHub, fake_hub
 from tests.hub.models import WEIGHTS, Saved, copy_of, logits, make_student, run_python
 from tests.tiny import load, save_base
 
 GetSaved = Callable[..., Saved]
+MEASURED = {"metric": "perplexity", "value": 12.5, "data": "wikitext2", "protocol": "v1/seq_len=512"}
 
 # huggingface_hub hands a file to httpx as `data`, which has a newer name there
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -105,6 +110,35 @@ def test_pushing_again_keeps_the_card_and_sends_only_what_is_new(saved: GetSaved
     assert not [request for request in hub.requests if request.startswith("PUT")]
     assert repository.messages == ["Upload a model quantized with bitdistiller_peft"], "no empty commit"
     assert b"by hand" in hub.files("user/my-model")["README.md"]
+
+
+def test_another_model_renews_what_the_page_says_of_it_and_nothing_else(
+    bases: Path, packed: Path, hub: FakeHub, tmp_path: Path
+) -> None:
+    """The user has written on the page; then the same repository gets a model of other codes."""
+    card = packed / "README.md"
+    card.write_text(with_results(card.read_text(encoding="utf-8"), [MEASURED]), encoding="utf-8")
+    assert main(["push", str(packed), "--repo", "user/model"]) == 0
+    files = hub.repositories["user/model"].branches["main"][-1]
+    mine = files["README.md"].decode().replace("---\n", "---\nlicense: mit\n", 1).replace("# model", "# Mine\n\nHello.")
+    files["README.md"] = f"{mine}\n## Thanks\n\nTo all.\n".encode()
+    assert main(["push", str(packed), "--repo", "user/model"]) == 0
+    assert hub.files("user/model")["README.md"].decode() == f"{mine}\n## Thanks\n\nTo all.\n", "the same model"
+
+    config = BitDistillerQuantConfig(bits=4, group_size=32)
+    other = AutoModelForCausalLM.from_pretrained(save_base("llama", bases), quantization_config=config)
+    other.save_pretrained(tmp_path / "other")
+    assert main(["push", str(tmp_path / "other"), "--repo", "user/model"]) == 0
+    text = hub.files("user/model")["README.md"].decode()
+    for line in ("# Mine", "Hello.", "## Thanks", "To all.", "license: mit", "| bits | 4 |", "4 bits, grid `int`"):
+        assert line in text
+    for gone in ("## Measured", "| bits | 2 |", "model-index", "2-bit"):
+        assert gone not in text
+    assert ModelCard(text).data.tags == ["bitdistiller", "quantized", "4-bit"]
+    assert (find_part(text, "size"), text.count("## Size")) == (
+        find_part((tmp_path / "other" / "README.md").read_text(encoding="utf-8"), "size"),
+        1,
+    )
 
 
 def test_a_branch_is_made_and_the_main_one_stays(saved: GetSaved, hub: FakeHub) -> None:

@@ -67,7 +67,7 @@ class Budget:
 
 
 FULL = Budget(toy_steps=600, samples=32, prompts=160, new_tokens=96, steps=80, chunks=40)
-QUICK = Budget(toy_steps=40, samples=4, prompts=16, new_tokens=32, steps=6, chunks=6)
+QUICK = Budget(toy_steps=300, samples=8, prompts=32, new_tokens=64, steps=24, chunks=10)
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:
@@ -168,7 +168,7 @@ VERB = Verb(
     "the whole path on a toy model: a minute or two, no network",
     run,
     sections=SECTIONS,
-    own=(Option("quick", "bool", "as little of everything as shows the steps", False),),
+    own=(Option("quick", "bool", "less of everything: still in order, in half the time or less", False),),
     hidden=tuple(option.name for option in TOP.options if option.name not in _KEPT),
     epilog=f"""
 Trains a small teacher on the help topics that every Python carries, calibrates, lets it write texts, distils a 2-bit

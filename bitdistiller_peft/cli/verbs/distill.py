@@ -9,7 +9,6 @@ from typing import Any
 
 from bitdistiller_peft.cli import models, output, stages
 from bitdistiller_peft.cli.packed import save_packed
-from bitdistiller_peft.cli.precision import stored_dtype
 from bitdistiller_peft.cli.texts import load_training_data
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
 
@@ -72,6 +71,7 @@ def _arguments(settings: Settings, folder: Path, device: str) -> Any:
 
 
 def _train(settings: Settings, args: Any, data: Any, tokenizer: Any) -> Any:
+    from bitdistiller_peft.hub import stored_dtype
     from bitdistiller_peft.training import DistillTrainer
 
     student = settings["distill.student"]

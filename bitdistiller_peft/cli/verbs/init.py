@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from bitdistiller_peft.cli.options import Option
+from bitdistiller_peft.cli.output import write_atomically
+from bitdistiller_peft.cli.prompts import starter_prompts
 from bitdistiller_peft.cli.schema import DISTILL, GENERATE, QUANT, TOP
 from bitdistiller_peft.cli.verb import Console, Positional, Settings, Verb
 from bitdistiller_peft.errors import ConfigError
 
 PROMPTS = "prompts.txt"
+"""Written beside the file, unless another is named or it is there."""
+
 _TEMPLATE = """\
 # The whole chain: bitdistiller run -c {name}
 # Check first: bitdistiller estimate -c {name}; what would be done: bitdistiller run -c {name} --dry-run
@@ -79,7 +83,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     path = Path(settings.arguments["file"] or "run.yaml")
     if path.exists():
         raise ConfigError(f"`FILE` must be new: got {str(path)!r}, which exists. Choose another name.")
-    bits = settings["quant.bits"]
+    bits, prompts = settings["quant.bits"], Path(settings["generate.prompts"] or path.with_name(PROMPTS))
     text = _TEMPLATE.format(
         name=path.name,
         model=settings["model"] or "HuggingFaceTB/SmolLM2-135M-Instruct",
@@ -89,7 +93,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         learn_zero_point="true" if settings["quant.grid"] == "int" else "false",
         method="blockwise" if bits == 2 else "clip",
         texts=settings.arguments["text"],
-        prompts=settings["generate.prompts"] or PROMPTS,
+        prompts=prompts,
     ).replace("grid: int ", f"grid: {settings['quant.grid']} ")
     if settings.is_dry_run:
         console.say(text)
@@ -97,12 +101,22 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("x", encoding="utf-8") as file:
         file.write(text)
-    prompts = settings["generate.prompts"] or PROMPTS
     console.say(f"wrote {path}.")
-    if not Path(prompts).exists():
+    _say_prompts(settings, console, prompts)
+    console.say(f"Next: bitdistiller estimate -c {path}, then: bitdistiller run -c {path}")
+    return {"file": str(path), "prompts": str(prompts)}
+
+
+def _say_prompts(settings: Settings, console: Console, prompts: Path) -> None:
+    """Write the file of prompts if nobody has, or say that the one that was named is wanted."""
+    if prompts.exists():
+        return
+    if settings["generate.prompts"] is not None:
         console.say(f"Before you run it, write {prompts}: a prompt per line, for the teacher to answer.")
-    console.say(f"Next: bitdistiller estimate -c {path}")
-    return {"file": str(path)}
+        return
+    lines = starter_prompts()
+    write_atomically(prompts, "\n".join(lines) + "\n")
+    console.say(f"wrote {prompts}: {len(lines)} questions of all kinds, one per line. Better: what your users ask.")
 
 
 _WRITTEN = {

@@ -39,7 +39,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
 
 
 def execute(settings: Settings, console: Console, source: str, repo: str) -> dict[str, Any]:
-    """Verify, show, and upload in one commit; a card that the repository has already is kept.
+    """Verify, show, and upload in one commit; of a card that the repository has already, our own parts are renewed.
 
     Args:
         settings: for `push:`.
