@@ -61,11 +61,21 @@ def build_student(settings: Settings, device: str) -> Any:
         ConfigError: a setting that cannot work.
         TargetError, GroupSizeError: a layer does not suit; it is named.
     """
-    from bitdistiller_peft.tuner import BitDistillerConfig, get_bitdistiller_model
+    from bitdistiller_peft.tuner import get_bitdistiller_model
 
-    values = {key: value for key, value in settings.section("quant").items() if value is not None}
-    config = BitDistillerConfig(**values)  # before the model is loaded
+    config = student_config(settings)  # before the model is loaded
     return get_bitdistiller_model(load_full_precision(settings, device), config)
+
+
+def student_config(settings: Settings) -> Any:
+    """The `BitDistillerConfig` of `quant:`.
+
+    Raises:
+        ConfigError: a setting that cannot work.
+    """
+    from bitdistiller_peft.tuner import BitDistillerConfig
+
+    return BitDistillerConfig(**{key: value for key, value in settings.section("quant").items() if value is not None})
 
 
 def load_any(source: str, settings: Settings, device: str, *, key: str = "model", is_trainable: bool = False) -> Any:

@@ -15,6 +15,7 @@ from bitdistiller_peft.errors import ConfigError
 
 RESOLVED = "resolved.yaml"
 RESULT = "result.json"
+_HEAD = "# bitdistiller "
 _FREE = {"output", "device", "distill.resume", "distill.report_to", "distill.logging_steps", "distill.save_steps"}
 """Settings that may differ when a command is taken up again: they do not change what comes out."""
 
@@ -37,7 +38,7 @@ def resolved_text(settings: Settings, sections: Sequence[str], arguments: dict[s
     from bitdistiller_peft.cli.yamlfile import dump_yaml
 
     words = "".join(f"\n#   {key}: {value}" for key, value in (arguments or {}).items() if value is not None)
-    head = f"# bitdistiller {settings.verb}, bitdistiller_peft {library_version()}. Works as --config.{words}\n"
+    head = f"{_HEAD}{settings.verb}, bitdistiller_peft {library_version()}. Works as --config.{words}\n"
     return head + dump_yaml(resolved(settings, sections))
 
 
@@ -135,8 +136,11 @@ def check(folder: Path, settings: Settings, sections: Sequence[str], arguments: 
             f"`output` must be a new or empty folder, or one of this command: got {str(folder)!r}, which holds other "
             "files. Choose another folder; nothing is overwritten."
         )
+    before = there.read_text(encoding="utf-8")
+    if before.startswith(_HEAD) and not any(file.is_file() and file != there for file in folder.rglob("*")):
+        return  # claimed, but refused or stopped before anything was made: the settings may be mended
     text = resolved_text(settings, sections, arguments)
-    differences = _differences(there.read_text(encoding="utf-8"), text, there)
+    differences = _differences(before, text, there)
     if differences:
         raise ConfigError(
             f"`output` must hold this very command's files, or nothing: in {str(folder)!r}, {'; '.join(differences)}. "
@@ -165,7 +169,7 @@ def _differences(was: str, now: str, path: Path) -> list[str]:
 
 def _head(text: str) -> dict[str, str]:
     lines = text.splitlines()
-    verb = {"command": lines[0].split(",")[0].removeprefix("# bitdistiller ")} if lines else {}
+    verb = {"command": lines[0].split(",")[0].removeprefix(_HEAD)} if lines else {}
     words = [line.removeprefix("#   ").partition(": ") for line in lines if line.startswith("#   ")]
     return {**verb, **{key: value for key, _, value in words}}
 

@@ -80,7 +80,8 @@ def _comments(part: str) -> tuple[str, str]:
 def _with_metadata(card: str, ours: str, *, is_same_model: bool) -> str:
     from huggingface_hub import ModelCard
 
-    there, new = (ModelCard(text, ignore_metadata_errors=True) for text in (card, ours))
+    cards: list[Any] = [ModelCard(text, ignore_metadata_errors=True) for text in (card, ours)]
+    there, new = cards
     before = there.data.to_dict()
     _take_over(there.data, new.data, is_same_model=is_same_model)
     return card if there.data.to_dict() == before else str(there)

@@ -397,6 +397,32 @@ def test_init_alone_is_enough_for_a_run(command: Command, base: Path, files: Pat
 # ------------------------------------------------------------------------------------------------ the chain
 
 
+def test_a_folder_that_was_only_claimed_takes_other_settings(
+    command: Command, base: Path, files: Path, tmp_path: Path
+) -> None:
+    arguments = ["calibrate", "--model", base, "--texts", files / "text.txt", "--output", tmp_path / "out"]
+    assert command(*arguments, "--bits", "5").code == 2
+    assert (tmp_path / "out" / "resolved.yaml").is_file()
+    less = ["--group-size", "32", "--num-samples", "2", "--seq-len", "32"]
+    assert command(*arguments, *less).code == 0
+    done = command(*arguments, *less, "--bits", "3")
+    assert (done.code, "quant.bits was 2, is 3" in done.err) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("setting", "word"), [("bits: 5", "`bits`"), ("lr_scheduler_type: cosin", "cosin"), ("optim: adamm", "adamm")]
+)
+def test_a_value_that_a_later_stage_would_refuse_is_refused_before_the_first(
+    command: Command, base: Path, files: Path, tmp_path: Path, setting: str, word: str
+) -> None:
+    path, (name, _, value) = tmp_path / "run.yaml", setting.partition(": ")
+    path.write_text(chain_yaml(base, files, tmp_path / "out"), encoding="utf-8")
+    key = f"--{'quant' if name == 'bits' else 'distill'}.{name}"
+    done = command("run", "-c", path, f"{key}={value}")
+    assert (done.code, word in done.err) == (2, True), done.err
+    assert not (tmp_path / "out").exists()
+
+
 def test_the_chain_runs_and_a_second_call_does_nothing_again(
     command: Command, base: Path, files: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ from bitdistiller_peft.cli import models, output, stages
 from bitdistiller_peft.cli.packed import save_packed
 from bitdistiller_peft.cli.texts import load_training_data
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
+from bitdistiller_peft.errors import BitDistillerError, ConfigError
 
 SECTIONS = ("", "quant", "distill")
 OWN = ("data", "student", "pack", "resume")
@@ -46,7 +47,7 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     device = models.choose_device(settings, console)
     models.seed_all(settings)
     tokenizer = models.load_tokenizer(settings["model"])
-    args = _arguments(settings, folder, device)  # before the model is loaded
+    args = training_arguments(settings, folder, device)  # before the model is loaded
     trainer = _train(settings, args, data, tokenizer)
     result = _report(trainer, folder, console) | {"seconds": time.perf_counter() - start}
     if settings["distill.pack"]:
@@ -59,15 +60,30 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     return output.finish(folder, result)
 
 
-def _arguments(settings: Settings, folder: Path, device: str) -> Any:
+def training_arguments(settings: Settings, folder: Path, device: str) -> Any:
+    """The `DistillConfig` of `distill:`.
+
+    Args:
+        settings: for `distill:`.
+        folder: of the stage.
+        device: where to train.
+
+    Raises:
+        ConfigError: a setting that cannot work, by our own rules or by those of TRL and transformers.
+    """
     from bitdistiller_peft.training import DistillConfig
 
     values = {key: v for key, v in settings.section("distill").items() if key not in OWN and v is not None}
-    return DistillConfig(
-        **{"use_cpu": device == "cpu", "report_to": "none", **values},
-        output_dir=str(folder / "trainer"),
-        seed=settings["seed"],
-    )
+    try:
+        return DistillConfig(
+            **{"use_cpu": device == "cpu", "report_to": "none", **values},
+            output_dir=str(folder / "trainer"),
+            seed=settings["seed"],
+        )
+    except BitDistillerError:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"`distill` must hold settings that TRL's SFTConfig takes: {error}") from None
 
 
 def _train(settings: Settings, args: Any, data: Any, tokenizer: Any) -> Any:

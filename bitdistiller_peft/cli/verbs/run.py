@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from bitdistiller_peft.cli import output, stages
+from bitdistiller_peft.cli import models, output, stages
 from bitdistiller_peft.cli.cost import recorded
 from bitdistiller_peft.cli.schema import STAGES
 from bitdistiller_peft.cli.scores import check_tasks
@@ -23,11 +23,12 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     """Run the stages in order.
 
     Raises:
-        ConfigError: a stage lacks a setting; said before the first one starts.
+        ConfigError: a stage lacks a setting, or has one that cannot work; said before the first one starts.
     """
     chosen = _chosen(settings)
     root = Path(settings.need("output"))
     _check_all(settings, chosen)
+    _check_values(settings, chosen, console)
     if settings.is_dry_run:
         console.say(output.resolved_text(settings, SECTIONS))
         for stage in chosen:
@@ -81,6 +82,14 @@ def _check_all(settings: Settings, chosen: list[str]) -> None:
         settings.need("push.repo")
     if not {"distill", "calibrate"} & set(chosen) and stages.packed_folder(settings) is None:
         raise ConfigError(f"`run.stages` must make a model, or find one in `output`: got {chosen}. Add 'distill'.")
+
+
+def _check_values(settings: Settings, chosen: list[str], console: Console) -> None:
+    """Values that only the library's own classes can judge."""
+    models.student_config(settings)
+    if "distill" in chosen:
+        placed = stages.placed(settings, "distill")
+        distill.training_arguments(placed, Path(placed["output"]), models.choose_device(settings, console))
 
 
 def _check_cache(settings: Settings, chosen: list[str]) -> None:
