@@ -15,6 +15,9 @@ os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Most tests are about equal bits, which is the reference's promise; tests/kernels forces the other backends by name.
 os.environ.setdefault("BITDISTILLER_BACKEND", "reference")
+# Triton decides at import whether its programs run in the interpreter, and other libraries import it as well.
+if not any(Path(gpu).exists() for gpu in ("/dev/nvidia0", "/dev/kfd")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 # Every Python that a test starts then closes its connections too; in this one, the import below does.
 os.environ["PYTHONPATH"] = os.pathsep.join(
     filter(None, (str(Path(__file__).parent / "blocked"), os.environ.get("PYTHONPATH")))

@@ -15,12 +15,14 @@ from bitdistiller_peft.kernels.int8 import is_exact_product, ternary_int8_linear
 from bitdistiller_peft.kernels.ops import dequantize_packed, fake_quantize, packed_embedding, packed_linear, quantize
 from bitdistiller_peft.kernels.precision import LOAD_IN_FP32, multiplies_bf16, warn_of_slow_bf16
 from bitdistiller_peft.kernels.reference import ReferenceBackend, compute_dtype
+from bitdistiller_peft.kernels.triton import TritonBackend
 
 __all__ = [
     "LOAD_IN_FP32",
     "Backend",
     "CpuBackend",
     "ReferenceBackend",
+    "TritonBackend",
     "backend_info",
     "backend_names",
     "compute_dtype",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,15 +15,14 @@ from bitdistiller_peft.kernels import dequantize_packed, packed_linear, use_back
 from bitdistiller_peft.kernels.cpu import best_isa, ops
 from bitdistiller_peft.kernels.cpu.library import ISAS, load
 from bitdistiller_peft.layers.companions import packed_tensors
-from bitdistiller_peft.quantizers import QuantParams, QuantSpec, find_params, quantize
+from bitdistiller_peft.quantizers import QuantParams, QuantSpec
+from tests.kernels import products
+from tests.kernels.products import Packed, each_dtype, pack, weight_of
 from tests.quantizers.samples import GRIDS, each_grid, hard_weight, normal
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the CPU kernels cannot be compiled on this machine")
 
-# of the sum of magnitudes: what fp32 additions may lose, and one rounding of the result to its dtype
-TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 4e-3 + 2e-6, torch.float16: 5e-4 + 2e-6}
 each_isa = pytest.mark.parametrize("isa", ISAS[: ISAS.index(best_isa()) + 1])
-each_dtype = pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
 SHAPES = [  # rows, width, group size
     pytest.param(1, 256, -1, id="one row"),
     pytest.param(13, 96, 32, id="odd rows"),
@@ -39,40 +37,10 @@ SHAPES = [  # rows, width, group size
 ]
 
 
-class Packed(NamedTuple):
-    """A weight as layers hold it, and its values in fp64."""
-
-    words: Tensor
-    params: QuantParams
-    spec: QuantSpec
-    width: int
-
-
-def pack(weight: Tensor, spec: QuantSpec) -> Packed:
-    params = find_params(weight, spec)
-    tensors = packed_tensors(quantize(weight, params, spec), params, spec)
-    names = {"scale": "_scale", "zero_point": "_zero_point", "scale_negative": "_scale_negative"}
-    names["scale_residual"] = "_scale_residual"
-    stored = QuantParams(*(tensors.get(names[field]) for field in QuantParams._fields))
-    return Packed(tensors[""], stored, spec, weight.shape[1])
-
-
-def weight_of(case: Packed, dtype: torch.dtype) -> Tensor:
-    with use_backend("reference"):
-        return dequantize_packed(case.words, case.params, case.spec, case.width, dtype)
-
-
 def assert_product(inputs: Tensor, case: Packed, bias: Tensor | None = None) -> None:
-    """Equal to fp64 on the weight in the dtype that is multiplied, up to the order of additions and one rounding."""
-    got = packed_linear(inputs, case.words, case.params, case.spec, bias)
-    assert got.dtype == inputs.dtype
-    # fp16 inputs are multiplied in fp32, with the weight not rounded to fp16
-    weight = weight_of(case, torch.float32 if inputs.dtype == torch.float16 else inputs.dtype).double()
-    expected, room = inputs.double() @ weight.T, inputs.double().abs() @ weight.abs().T
-    if bias is not None:
-        expected, room = expected + bias.double(), room + bias.double().abs()
-    assert got.shape == expected.shape
-    assert bool(((got.double() - expected).abs() <= TOLERANCE[inputs.dtype] * room).all())
+    """Inputs in fp16 are multiplied in fp32, with the weight not rounded to fp16."""
+    weight_dtype = torch.float32 if inputs.dtype == torch.float16 else None
+    products.assert_product(inputs, case, bias, weight_dtype=weight_dtype)
 
 
 @pytest.fixture(autouse=True)

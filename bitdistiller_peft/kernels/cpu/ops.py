@@ -1,4 +1,4 @@
-"""The CPU kernels as torch operators, ``torch.ops.bitdistiller.*``: with shapes without values, and with gradients.
+"""The CPU kernels behind the operators.
 
 Few tokens are multiplied with the stream. For more, the weight is made dense panel by panel, small enough to stay in
 the cache, and torch multiplies: its matrix product is the better one there.
@@ -14,17 +14,14 @@ from torch import Tensor
 
 from bitdistiller_peft.errors import StateError
 from bitdistiller_peft.kernels.cpu.library import ISAS, isa, load
-from bitdistiller_peft.kernels.cpu.weights import STREAMS, Layout, describe
+from bitdistiller_peft.kernels.cpu.weights import STREAMS, describe, units_per_group
+from bitdistiller_peft.kernels.layout import Layout
+from bitdistiller_peft.kernels.operators import LIBRARY, define_pair
 
 DENSE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 PANEL_BYTES = 1 << 20
 # up to how many tokens the stream is faster than panels, with bf16 products and without (benchmarks/inference_cpu.py)
 FEW_TOKENS = {True: 128, False: 64}
-
-_library: Any = torch.library.Library("bitdistiller", "DEF")  # type: ignore[no-untyped-call]
-_WEIGHT = "Tensor words, Tensor scale, Tensor? second, str grid, int bits, int group_size, str packing"
-_library.define(f"packed_linear(Tensor inputs, Tensor? bias, {_WEIGHT}) -> Tensor")
-_library.define(f"dequantize({_WEIGHT}, int in_features, ScalarType dtype) -> Tensor")
 
 
 def packed_linear(inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Tensor, *rest: Any) -> Tensor:
@@ -48,7 +45,7 @@ def _multiply(
     if out.numel() == 0:
         return out
     few = FEW_TOKENS[inputs.dtype == torch.bfloat16 and isa() == len(ISAS) - 1]
-    if tokens > few or not layout.units_per_group(in_features) or words.shape[0] == 0:
+    if tokens > few or not units_per_group(layout, in_features) or words.shape[0] == 0:
         return _multiply_panels(inputs, bias, words, scale, second, layout)
     stream = STREAMS.get(words, scale, second, layout, in_features)
     if bias is not None:
@@ -106,35 +103,6 @@ def _kernels() -> Any:
     return library
 
 
-def _linear_shape(inputs: Tensor, bias: Tensor | None, words: Tensor, *rest: Any) -> Tensor:
-    return inputs.new_empty(*inputs.shape[:-1], words.shape[0])
-
-
-def _dense_shape(words: Tensor, scale: Tensor, *rest: Any) -> Tensor:
-    return words.new_empty(words.shape[0], rest[5], dtype=rest[6])
-
-
-def _keep_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, bias, words, scale, second, *layout = inputs
-    ctx.save_for_backward(words, scale, second)
-    ctx.layout, ctx.shape, ctx.has_bias = layout, hidden.shape, bias is not None
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    words, scale, second = ctx.saved_tensors
-    to_inputs = to_bias = None
-    if ctx.needs_input_grad[0]:
-        weight = torch.ops.bitdistiller.dequantize(words, scale, second, *ctx.layout, ctx.shape[-1], grad.dtype)
-        to_inputs = grad @ weight
-    if ctx.has_bias and ctx.needs_input_grad[1]:
-        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0)
-    return (to_inputs, to_bias, *(None,) * 7)
-
-
-_library.impl("packed_linear", packed_linear, "CPU")
-_library.impl("dequantize", dequantize, "CPU")
-torch.library.register_fake("bitdistiller::packed_linear", _linear_shape, lib=_library)
-torch.library.register_fake("bitdistiller::dequantize", _dense_shape, lib=_library)
-torch.library.register_autograd(
-    "bitdistiller::packed_linear", _backward, setup_context=_keep_for_backward, lib=_library
-)
+define_pair()
+LIBRARY.impl("packed_linear", packed_linear, "CPU")
+LIBRARY.impl("dequantize", dequantize, "CPU")

@@ -11,84 +11,28 @@ import ctypes
 import threading
 import weakref
 from ctypes import byref
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitdistiller_peft.errors import WeightError
 from bitdistiller_peft.kernels.cpu.library import StreamStruct, WeightStruct, load
-from bitdistiller_peft.kernels.cpu.tables import TABLE_SIZE, TableForm, table_form
-from bitdistiller_peft.packing import pack_codes, row_words, unpack_row
+from bitdistiller_peft.kernels.layout import SCALE_TYPES, Layout, check_weight
+from bitdistiller_peft.kernels.tables import TABLE_SIZE, TableForm
+from bitdistiller_peft.packing import pack_codes, unpack_row
 
-SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 UNIT = 32  # weights that one register looks up at once
 UNITS_PER_PACK = {2: 8, 3: 16, 4: 4}
 ALIGNMENT = 64
 
 
-class Layout(NamedTuple):
-    """How to read a packed weight, as plain values: what an operator can be called with.
-
-    Attributes:
-        grid: registered name of the grid.
-        bits: code width.
-        group_size: weights per scale; -1 for one group per row, 0 for one per matrix.
-        packing: layout of the codes, see `bitdistiller_peft.packing`.
-    """
-
-    grid: str
-    bits: int
-    group_size: int
-    packing: str
-
-    def num_groups(self, in_features: int) -> int:
-        """Groups of one row."""
-        return 1 if self.group_size <= 0 else in_features // self.group_size
-
-    def form(self) -> TableForm:
-        """What the codes stand for.
-
-        Raises:
-            WeightError: the kernels do not know this grid.
-        """
-        form = table_form(self.grid, self.bits)
-        if form is None:
-            raise WeightError(f"the CPU kernels do not know grid={self.grid!r} at bits={self.bits}")
-        return form
-
-    def units_per_group(self, in_features: int) -> int:
-        """Units that share parameters in a stream; 0 where the groups do not fit into one."""
-        largest = UNITS_PER_PACK.get(self.bits, 0)
-        if largest == 0 or self.num_groups(in_features) == 1:
-            return largest
-        sizes = [size for size in (1, 2, 4, largest) if size <= largest and self.group_size % (size * UNIT) == 0]
-        return max(sizes, default=0)
-
-
-def check_weight(words: Tensor, scale: Tensor, second: Tensor | None, layout: Layout, in_features: int) -> None:
-    """Refuse tensors that the kernels would read beyond their ends.
-
-    Raises:
-        WeightError: a shape or dtype that does not belong to a packed ``[out, in]`` weight.
-    """
-    rows, groups = (1 if layout.group_size == 0 else words.shape[0]), layout.num_groups(in_features)
-    wanted = (words.shape[0], row_words(in_features, layout.bits, layout.packing))  # type: ignore[arg-type]
-    fits = words.dtype == torch.int32 and tuple(words.shape) == wanted
-    fits = fits and scale.dtype in SCALE_TYPES and tuple(scale.shape) == (rows, groups)
-    if layout.form().second is not None:
-        is_zero = layout.form().second == "zero_point"
-        columns = row_words(groups, layout.bits, "bitstream") if is_zero else groups
-        fits = fits and second is not None and tuple(second.shape) == (rows, columns)
-        fits = fits and second is not None and second.dtype == (torch.int32 if is_zero else scale.dtype)
-    if layout.group_size > 0 and in_features % layout.group_size:
-        fits = False
-    if not fits:
-        shapes = [tuple(t.shape) for t in (words, scale, second) if t is not None]
-        raise WeightError(
-            f"a packed weight must have words {wanted} and parameters ({rows}, {groups}) for in_features="
-            f"{in_features}: got {shapes}. Pass inputs of the layer's width, and tensors as `packed_tensors` makes."
-        )
+def units_per_group(layout: Layout, in_features: int) -> int:
+    """Units that share parameters in a stream; 0 where the groups do not fit into one."""
+    largest = UNITS_PER_PACK.get(layout.bits, 0)
+    if largest == 0 or layout.num_groups(in_features) == 1:
+        return largest
+    sizes = [size for size in (1, 2, 4, largest) if size <= largest and layout.group_size % (size * UNIT) == 0]
+    return max(sizes, default=0)
 
 
 def describe(
@@ -133,7 +77,7 @@ class Stream:
     def __init__(self, words: Tensor, scale: Tensor, second: Tensor | None, layout: Layout, in_features: int) -> None:
         weight, keep = describe(words, scale, second, layout, in_features)
         self.struct = StreamStruct(
-            bits=layout.bits, scale_type=weight.scale_type, units_per_group=layout.units_per_group(in_features)
+            bits=layout.bits, scale_type=weight.scale_type, units_per_group=units_per_group(layout, in_features)
         )
         _fill(self.struct, layout.form())
         library = load()

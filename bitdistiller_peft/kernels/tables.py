@@ -1,4 +1,4 @@
-"""What a code of each family of grids stands for, as two numbers per group: the one formula of all CPU kernels.
+"""What a code of each family of grids stands for, as two numbers per group: the one formula of all kernels.
 
     value[code] = (a[code] - c * q) * p + b[code] * q
 
