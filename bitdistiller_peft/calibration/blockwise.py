@@ -17,6 +17,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -24,15 +25,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from bitdistiller_peft.calibration.block_training import (
+    check_progressive,
+    check_stages,
+    fit,
+    one_stage,
+    other_bits,
+    stages_of,
+)
 from bitdistiller_peft.calibration.blocks import BlockRunner
 from bitdistiller_peft.calibration.options import BlockwiseOptions
 from bitdistiller_peft.calibration.progress import Progress
 from bitdistiller_peft.calibration.result import BlockReport
 from bitdistiller_peft.calibration.slots import Display, Slot
+from bitdistiller_peft.calibration.soft_rounding import check_soft
 from bitdistiller_peft.calibration.sweep import Finding, Segment, Sweep, blocks_to_visit, sort_by_block
-from bitdistiller_peft.errors import ConfigError, StateError, TrainingError
+from bitdistiller_peft.errors import ConfigError, StateError
 from bitdistiller_peft.kernels import multiplies_bf16
-from bitdistiller_peft.layers import SUFFIXES, ZERO_POINT
 from bitdistiller_peft.tuner import full_precision
 
 
@@ -53,9 +62,14 @@ def reconstruct(
 
     Raises:
         StateError: the model cannot be run block by block.
+        ConfigError: a stage, width or kind of rounding that does not suit the students.
         TrainingError: a loss is not finite; the block is named and is as it was.
     """
     options: Any = sweep.options  # those of the training are among them
+    check_stages(slots, options)
+    check_progressive(slots, options.progressive_bits)
+    if options.rounding == "soft":
+        check_soft(slots)
     runner = BlockRunner.create(model, [slot.layer for slot in slots], batches[0])
     if runner is None:
         raise StateError(
@@ -118,6 +132,7 @@ class _Block:
         kept = [(tensor, tensor.clone()) for slot in self.slots for tensor in slot.trained_tensors().values()]
         try:
             before = self._error(options)
+            self._train_finer(options)
             self._clip(sweep, options)
             clipped = self._error(options)
             self._train(options)
@@ -169,31 +184,20 @@ class _Block:
         sweep.apply(self.slots)
 
     def _train(self, options: BlockwiseOptions) -> None:
-        groups = _parameter_groups(self.slots, options)
-        self.block.requires_grad_(False)
-        for group in groups:
-            for parameter in group["params"]:
-                parameter.requires_grad_(True)
-        optimizer = torch.optim.AdamW(groups, weight_decay=0.0, fused=self.hidden[0].device.type in ("cpu", "cuda"))
-        steps = options.epochs * len(self.hidden)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, partial(_rate, steps=steps, warmup=options.warmup))
-        order = torch.Generator().manual_seed(options.seed)
-        for _ in range(options.epochs):
-            for index in torch.randperm(len(self.hidden), generator=order).tolist():
-                loss = self._loss(index, options)
-                value = float(loss.detach())
-                if not math.isfinite(value):
-                    raise TrainingError(
-                        f"the loss must stay finite: it is {value} in block {self.name!r}. Lower learning_rate "
-                        "and scale_learning_rate."
-                    )
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()  # type: ignore[no-untyped-call]
-                optimizer.step()
-                schedule.step()
-        for group in groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+        stages = stages_of(self.slots, options, lambda index: self._run(index, self.hidden[index]))
+        for number, slots in enumerate(stages):
+            with one_stage(stages, number):
+                self._fit(slots, options)
+
+    def _fit(self, slots: Sequence[Slot], options: BlockwiseOptions) -> None:
+        fit(self.name, self.block, slots, partial(self._loss, options=options), options, len(self.hidden))
+
+    def _train_finer(self, options: BlockwiseOptions) -> None:
+        """Train at other widths first, from fine to coarse, so that each start is near its end."""
+        for bits in options.progressive_bits:
+            with other_bits(self.slots, bits) as finer:
+                if finer:
+                    self._fit(finer, replace(options, rounding="ste"))
 
     def _loss(self, index: int, options: BlockwiseOptions) -> Tensor:
         with torch.enable_grad():
@@ -224,27 +228,6 @@ class _Block:
 def _normalized(states: Tensor) -> Tensor:
     """Hidden states ``[..., width]`` divided by their root mean square, token by token."""
     return F.rms_norm(states, states.shape[-1:], eps=1e-6)
-
-
-def _parameter_groups(slots: Sequence[Slot], options: BlockwiseOptions) -> list[dict[str, Any]]:
-    """What is trained, with rates that do not depend on how large the weights happen to be."""
-    groups: list[dict[str, Any]] = []
-    for slot in slots:
-        tensors = {suffix: getattr(slot.student, "weight" + suffix, None) for suffix in ("", *SUFFIXES)}
-        for suffix, tensor in tensors.items():
-            rate = options.scale_learning_rate if suffix else options.learning_rate
-            if isinstance(tensor, nn.Parameter) and rate > 0:
-                unit = {"": slot.step_size, ZERO_POINT: lambda: 1.0}.get(suffix, tensor.detach().abs().mean)
-                groups.append({"params": [tensor], "lr": rate * float(unit())})
-    return groups
-
-
-def _rate(step: int, *, steps: int, warmup: float) -> float:
-    """Linear warm-up, then a cosine to zero."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return (step + 1) / rising
-    return 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
 def _fast_dtype(like: Tensor) -> AbstractContextManager[object]:

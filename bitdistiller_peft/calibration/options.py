@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from bitdistiller_peft.calibration.block_options import checked_stages, checked_widths
 from bitdistiller_peft.calibration.clip import FACTORS
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
 
@@ -105,6 +106,16 @@ class BlockwiseOptions(ClipOptions):
         clip_tokens: tokens of the samples, evenly spread, that the clip search looks at.
         warmup: share of the steps with a rising learning rate; a cosine to zero follows.
         seed: order of the samples.
+        stages: train the layers of a block one group after the other, each with `epochs` of its own: lists of endings
+            of names, e.g. `(("q_proj", "k_proj"), ("v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))`, or
+            `"order"` for the order in which layers are reached, those that read the same input together. What comes
+            later is not rounded yet, what came before stays as it is. `None` trains all at once.
+        rounding: `"ste"` trains the weights through the rounding; `"soft"` trains which of the two nearest levels each
+            weight takes, under a temperature that falls until the choice is hard (grids `"int"` and `"int_sym"` with
+            learned scales).
+        rounding_learning_rate: for `"soft"`: of the logits of that choice.
+        progressive_bits: train each block at these widths first, e.g. `(4,)` on the way to 2 bits, with `epochs` for
+            each; scales start anew at every width.
     """
 
     epochs: int = 2
@@ -116,11 +127,19 @@ class BlockwiseOptions(ClipOptions):
     clip_tokens: int = 16384
     warmup: float = 0.05
     seed: int = 0
+    stages: Sequence[Sequence[str]] | Literal["order"] | None = None
+    rounding: Literal["ste", "soft"] = "ste"
+    rounding_learning_rate: float = 0.05
+    progressive_bits: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         """Check every value."""
         super().__post_init__()
-        for name, known in (("targets", ("full", "quantized")), ("loss", ("normalized", "mse"))):
+        for name, known in (
+            ("targets", ("full", "quantized")),
+            ("loss", ("normalized", "mse")),
+            ("rounding", ("ste", "soft")),
+        ):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, getattr(self, name), known)
         if not isinstance(self.epochs, int) or self.epochs < 0:
@@ -129,11 +148,13 @@ class BlockwiseOptions(ClipOptions):
             raise ConfigError(
                 f"`clip_tokens` must be a positive whole number: got clip_tokens={self.clip_tokens!r}. Use 16384."
             )
-        for name in ("learning_rate", "scale_learning_rate"):
+        for name in ("learning_rate", "scale_learning_rate", "rounding_learning_rate"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"`{name}` must lie in [0, 1): got {name}={getattr(self, name)!r}. Use 0.002.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"`warmup` must lie in [0, 1): got warmup={self.warmup!r}. Use 0.05.")
+        object.__setattr__(self, "stages", checked_stages(self.stages))
+        object.__setattr__(self, "progressive_bits", checked_widths(self.progressive_bits))
 
     @property
     def needs_text(self) -> bool:
@@ -260,6 +281,11 @@ def _checked_factors(values: Sequence[float]) -> tuple[float, ...]:
     if not factors or factors[0] != 1 or factors[-1] <= 0:
         raise ConfigError(f"`factors` must lie in (0, 1], with 1 among them: got factors={list(factors)}.")
     return factors
+
+
+def names_match(patterns: Iterable[str], layer_name: str) -> bool:
+    """Whether one of some patterns fits the end of a layer's name."""
+    return any(_matches(pattern, layer_name) for pattern in patterns)
 
 
 def _matches(pattern: str, name: str) -> bool:
