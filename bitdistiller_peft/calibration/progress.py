@@ -21,11 +21,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from bitdistiller_peft.calibration.result import HIGH, LOW, BlockReport, with_nan, without_nan
+from bitdistiller_peft.calibration.result import HIGH, LOW, BlockReport, report_from, without_nan
 from bitdistiller_peft.calibration.slots import Slot
 from bitdistiller_peft.calibration.sweep import Finding, Sweep
 from bitdistiller_peft.errors import CheckpointError, ConfigError
 from bitdistiller_peft.hub.atomic import write_tensors, write_text
+from bitdistiller_peft.jsonfile import check_entries, read_object, strict_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,7 @@ MANIFEST_NAME = "calibration.json"
 FORMAT = "bitdistiller_calibration_block"
 FORMAT_VERSION = 1
 _TRAINED = ".trained"
+_ANEW = "Delete its folder to begin anew."
 
 
 class Progress:
@@ -125,7 +127,7 @@ class Progress:
             about, tensors = _read_block(path)
             stored = [(tensor, tensors[key]) for key, tensor in _trained(slots)]
             findings = {slot.name: _finding(slot.name, about["findings"], tensors) for slot in slots}
-            report = BlockReport(**with_nan(about["report"]))
+            report = report_from(BlockReport, about["report"])
             if any(new.shape != old.shape or new.dtype != old.dtype for old, new in stored):
                 raise ValueError("a tensor of another shape or dtype")
         except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -182,7 +184,7 @@ def _trained(slots: Iterable[Slot]) -> Iterator[tuple[str, Tensor]]:
 
 def _read_block(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
-        about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+        about = strict_json((file.metadata() or {}).get(FORMAT, "null").encode())
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
     if about["format_version"] != FORMAT_VERSION or about["sha256"] != _digest(tensors):
         raise ValueError("it differs from what was written")
@@ -190,17 +192,17 @@ def _read_block(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _finding(name: str, findings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Finding:
-    return Finding(tensors.get(name + LOW), tensors.get(name + HIGH), **with_nan(findings[name]))
+    return report_from(Finding, findings[name], low=tensors.get(name + LOW), high=tensors.get(name + HIGH))
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["format_version"] == FORMAT_VERSION and isinstance(content["began"], dict):
-            return dict(content)
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} must be readable: {error!r}. Delete its folder to begin anew.") from None
-    raise CheckpointError(f"{path} must be of format version {FORMAT_VERSION}. Delete its folder to begin anew.")
+    content = read_object(path, _ANEW)
+    check_entries(content, {"format_version": int, "began": dict}, path, _ANEW)
+    if content["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"{path} must be of format version {FORMAT_VERSION}: got {content['format_version']}. {_ANEW}"
+        )
+    return content
 
 
 def _refuse_differences(folder: Path, was: Mapping[str, Any], now: Mapping[str, Any]) -> None:

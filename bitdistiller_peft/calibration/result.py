@@ -7,7 +7,8 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,10 +18,15 @@ from bitdistiller_peft._version import library_version
 from bitdistiller_peft.calibration.slots import Slot, find_student
 from bitdistiller_peft.errors import CheckpointError, StateError
 from bitdistiller_peft.hub.atomic import write_tensors
+from bitdistiller_peft.jsonfile import is_of_kind, strict_json
+
+Report = TypeVar("Report")
 
 FORMAT = "bitdistiller_calibration"
 FORMAT_VERSION = 1
 LOW, HIGH = ".clip_min", ".clip_max"
+_AGAIN = "Delete it and calibrate again."
+_KINDS = {"method": str, "layers": list, "specs": dict, "data": dict, "blocks": list, "clip_weights": bool}
 
 
 @dataclass(frozen=True)
@@ -161,10 +167,10 @@ class CalibrationResult:
             raise FileNotFoundError(f"no calibration file at {str(path)!r}. `calibrate(output_path=...)` writes one.")
         try:
             with safe_open(path, framework="pt") as file:
-                about = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+                about = strict_json((file.metadata() or {}).get(FORMAT, "null").encode())
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  (no mapping)
         except (SafetensorError, ValueError) as error:
-            raise CheckpointError(f"the calibration file {str(path)!r} cannot be read: {error}.") from None
+            raise CheckpointError(f"the calibration file {str(path)!r} cannot be read: {error}. {_AGAIN}") from None
         if not isinstance(about, dict) or about.get("format_version") != FORMAT_VERSION:
             raise CheckpointError(
                 f"the file must be a calibration of format version {FORMAT_VERSION}: {str(path)!r} is not. "
@@ -173,19 +179,21 @@ class CalibrationResult:
         try:
             return cls._from_file(about, tensors)
         except (KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"the calibration file {str(path)!r} is incomplete: {error!r}.") from None
+            raise CheckpointError(f"the calibration file {str(path)!r} is incomplete: {error!r}. {_AGAIN}") from None
 
     @classmethod
     def _from_file(cls, about: dict[str, Any], tensors: dict[str, Tensor]) -> CalibrationResult:
+        if wrong := [key for key, kind in _KINDS.items() if not is_of_kind(about[key], kind)]:
+            raise TypeError(f"`{wrong[0]}` is of another kind")
         names = [key.removesuffix(LOW) for key in tensors if key.endswith(LOW)]
         return cls(
             about["method"],
-            [LayerReport(**with_nan(report)) for report in about["layers"]],
+            [report_from(LayerReport, report) for report in about["layers"]],
             {name: (tensors[name + LOW], tensors[name + HIGH]) for name in names},
-            dict(about["specs"].items()),
-            dict(about["data"].items()),
-            [BlockReport(**with_nan(report)) for report in about["blocks"]],
-            about["clip_weights"] is True,
+            about["specs"],
+            about["data"],
+            [report_from(BlockReport, report) for report in about["blocks"]],
+            about["clip_weights"],
         )
 
     def apply(self, model: nn.Module) -> None:
@@ -255,6 +263,18 @@ def without_nan(values: dict[str, Any]) -> dict[str, Any]:
     return {key: None if isinstance(v, float) and not math.isfinite(v) else v for key, v in values.items()}
 
 
-def with_nan(values: dict[str, Any]) -> dict[str, Any]:
-    """Undo `without_nan`."""
-    return {key: math.nan if value is None else value for key, value in values.items()}
+def report_from(kind: type[Report], values: Mapping[str, Any], **more: Any) -> Report:
+    """Undo `without_nan`.
+
+    Args:
+        kind: the class of a report.
+        values: its plain values, as they were read.
+        more: what was kept elsewhere.
+
+    Raises:
+        TypeError, AttributeError: a value is missing, unknown, or of another kind.
+    """
+    for key, value in values.items():
+        if not is_of_kind(value, str if key in ("name", "note") else (float, NoneType)):
+            raise TypeError(f"`{key}` is of another kind")
+    return kind(**{key: math.nan if value is None else value for key, value in values.items()}, **more)

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from bitdistiller_peft.cli.output import write_atomically
+from bitdistiller_peft.errors import CheckpointError
+from bitdistiller_peft.jsonfile import is_of_kind, read_object
 
 COSTS = "costs.json"
 _PROC = Path("/proc/self")
@@ -43,10 +45,11 @@ def recorded(root: Path, stage: str) -> Iterator[None]:
 def _read(path: Path) -> dict[str, Any]:
     """What was recorded so far; nothing of a file that is damaged, since figures of cost stop no run."""
     try:
-        costs = json.loads(path.read_text(encoding="utf-8"))
-        return {key: dict(value) for key, value in costs.items()}
-    except (OSError, ValueError, AttributeError, TypeError):
+        costs = read_object(path, "")
+    except CheckpointError:
         return {}
+    parts = {key: value for key, value in costs.items() if isinstance(value, dict)}
+    return {key: {name: v for name, v in part.items() if is_of_kind(v, float)} for key, part in parts.items()}
 
 
 def _restart_peaks() -> None:

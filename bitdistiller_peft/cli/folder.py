@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from bitdistiller_peft.cli.models import ADAPTER, model_folder
-from bitdistiller_peft.errors import CheckpointError
+from bitdistiller_peft.errors import BitDistillerError, CheckpointError, add_location
+from bitdistiller_peft.jsonfile import check_entries, read_object
 
 _WIDTHS = {"F64": 8, "I64": 8, "F32": 4, "I32": 4, "F16": 2, "BF16": 2, "I16": 2, "U8": 1, "I8": 1, "BOOL": 1}
 _STUDENT = re.compile(r"\.bitdistiller_\w+?\.")
+_AGAIN = "Download or save the model again."
+_KINDS = {
+    "architectures?": (list, NoneType),
+    "quantization_config?": (dict, NoneType),
+    "overrides?": (dict, NoneType),
+    "modules_to_not_convert?": (list, NoneType),
+}
 COMPANIONS = ("_scale", "_zero_point", "_scale_negative", "_scale_residual")
 
 
@@ -70,11 +78,12 @@ def read_folder(source: str) -> Folder:
     """
     path = Path(model_folder(source))
     is_adapter = (path / ADAPTER).is_file()
-    config = _read_json(path / (ADAPTER if is_adapter else "config.json"))
+    config = _read_config(path / (ADAPTER if is_adapter else "config.json"))
     files = tuple(sorted(path.glob("*.safetensors")))
     if not files:
-        raise CheckpointError(f"{path} must hold weights as .safetensors: there are none.")
-    from bitdistiller_peft.hub.header import read_header  # after what can be refused without its imports
+        raise CheckpointError(f"{path} must hold weights as .safetensors: there are none. Save the model again.")
+    from bitdistiller_peft.hub.config import BitDistillerQuantConfig  # after what can be refused without its imports
+    from bitdistiller_peft.hub.header import read_header
 
     tensors = []
     for file in files:
@@ -82,7 +91,12 @@ def read_folder(source: str) -> Folder:
             begin, end = entry["data_offsets"]
             tensors.append(Tensor(name, str(entry["dtype"]), tuple(entry["shape"]), end - begin))
     section = config.get("quantization_config") or {}
-    is_ours = isinstance(section, dict) and section.get("quant_method") == "bitdistiller"
+    is_ours = section.get("quant_method") == "bitdistiller"
+    if is_ours:
+        try:
+            BitDistillerQuantConfig.from_dict(section)
+        except BitDistillerError as error:
+            raise add_location(error, str(path / "config.json")) from None
     kind = "adapter" if is_adapter else str(section.get("state", "packed")) if is_ours else "full precision"
     return Folder(path, kind, config, tuple(tensors), files)
 
@@ -128,7 +142,7 @@ def _num_weights(tensor: Tensor, folder: Folder, names: set[str]) -> int:
     part = _part(tensor.name, names)
     if part in ("scales", "zero points"):
         return 0
-    if part != "codes":
+    if part != "codes" or folder.kind != "packed":
         return math.prod(tensor.shape)
     from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 
@@ -139,23 +153,21 @@ def _num_weights(tensor: Tensor, folder: Folder, names: set[str]) -> int:
 
 def _dense_size(tensor: Tensor, spec: Any, folder: Folder, names: set[str]) -> int:
     """Weights in a packed tensor: the row of words is at most a word longer than its codes."""
-    *rows, words = tensor.shape
+    *rows, words = tensor.shape or (1,)
     most = words * 32 // spec.grid.bits
     scale = next(t for t in folder.tensors if t.name == f"{tensor.name}_scale")
+    if not scale.shape:
+        raise CheckpointError(f"{folder.path} must hold scales in groups: {scale.name!r} is one number. {_AGAIN}")
     groups = scale.shape[-1]
     width = groups * spec.group_size if isinstance(spec.group_size, int) and spec.group_size > 0 else most
     return math.prod(rows) * min(most, width)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError:
+def _read_config(path: Path) -> dict[str, Any]:
+    if not path.is_file():
         raise CheckpointError(
-            f"{path.parent} must be a model folder with config.json or {ADAPTER}: there is none."
-        ) from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} must be readable JSON: {error}.") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} must hold a JSON object: got {type(content).__name__}.")
-    return content
+            f"{path.parent} must be a model folder with config.json or {ADAPTER}: there is none. Check the path."
+        )
+    config = read_object(path, _AGAIN)
+    check_entries(config, _KINDS, path, _AGAIN)
+    return config

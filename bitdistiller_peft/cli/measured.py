@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from bitdistiller_peft.cli.output import RESOLVED, RESULT
 from bitdistiller_peft.errors import DataError
+from bitdistiller_peft.jsonfile import Kinds, check_entries, read_object
 
 EVAL_RESULTS = ".eval_results"
+_AGAIN = "Name a folder of `bitdistiller eval`, or evaluate the model again."
+_ROW: Mapping[str, Kinds] = {
+    "model": str,
+    "perplexity?": (dict, NoneType),
+    "divergence?": (dict, NoneType),
+    "tasks?": (dict, NoneType),
+}
+_ENTRY: Mapping[str, Kinds] = {"metric": str, "value": float, "protocol": str, "data": str}
 
 
 @dataclass(frozen=True)
@@ -37,14 +47,15 @@ def measured(source: str, model: Path) -> Measured:
         DataError: there is no such result, or it does not know the model.
     """
     folder = Path(source)
-    try:
-        rows = json.loads((folder / RESULT).read_text(encoding="utf-8"))["rows"]
-        mine = [row for row in rows if Path(row["model"]).resolve() == model.resolve()]
-        found = [entry for row in mine for entry in (*_text_scores(row, folder), *_task_scores(row))]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"`push.results` must be a folder of `bitdistiller eval`: got {source!r} ({type(error).__name__}: {error})."
-        ) from None
+    path = folder / RESULT
+    content = read_object(path, _AGAIN, error=DataError, allow_nan=True)
+    check_entries(content, {"rows": list}, path, _AGAIN, error=DataError)
+    for row in content["rows"]:
+        check_entries(row, _ROW, path, _AGAIN, error=DataError)
+    mine = [row for row in content["rows"] if Path(row["model"]).resolve() == model.resolve()]
+    found = [entry for row in mine for entry in (*_text_scores(row, folder), *_task_scores(row))]
+    for entry in found:
+        check_entries(entry, _ENTRY, path, _AGAIN, error=DataError)
     if not found:
         raise DataError(
             f"`push.results` must hold a measurement of {model}: got {source!r}, which has none. Evaluate that folder."
@@ -55,16 +66,17 @@ def measured(source: str, model: Path) -> Measured:
 
 def _text_scores(row: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     scored, distance = row.get("perplexity"), row.get("divergence")
-    entries = [] if scored is None else [("perplexity", scored["perplexity"], scored["protocol"])]
+    entries = [] if scored is None else [("perplexity", scored.get("perplexity"), scored.get("protocol"))]
     if distance is not None:
         names = ("mean_kl_nats", "p95_kl_nats", "top1_agreement")
-        entries += [(name, distance[name], distance["protocol"]) for name in names]
+        entries += [(name, distance.get(name), distance.get("protocol")) for name in names]
     return [{"metric": m, "value": v, "protocol": p, "data": _text(folder)} for m, v, p in entries]
 
 
 def _task_scores(row: dict[str, Any]) -> list[dict[str, Any]]:
-    scores = row.get("tasks", {}).get("scores", ())
-    return [{"metric": s["metric"], "value": s["value"], "protocol": s["protocol"], "data": s["task"]} for s in scores]
+    scores = (row.get("tasks") or {}).get("scores", ())
+    kept = {"metric": "metric", "value": "value", "protocol": "protocol", "data": "task"}
+    return [{ours: score.get(name) for ours, name in kept.items()} for score in map(_mapping, scores)]
 
 
 def _text(folder: Path) -> str:
@@ -72,5 +84,10 @@ def _text(folder: Path) -> str:
     from bitdistiller_peft.cli.yamlfile import plain, read_yaml
 
     path = folder / RESOLVED
-    named = plain(read_yaml(path)["eval"].value)["text"] if path.is_file() else ["unnamed text"]
-    return ", ".join(Path(name).name for name in named)
+    section = _mapping(plain(read_yaml(path)).get("eval")) if path.is_file() else {}
+    named = section.get("text")
+    return ", ".join(Path(str(name)).name for name in named) if isinstance(named, list) else "unnamed text"
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}

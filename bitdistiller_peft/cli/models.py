@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from bitdistiller_peft.cli.precision import load_dtype
 from bitdistiller_peft.cli.verb import Console, Settings
 from bitdistiller_peft.errors import BitDistillerError, CheckpointError, ConfigError
+from bitdistiller_peft.jsonfile import read_object
 
 ADAPTER = "adapter_config.json"
 
@@ -138,10 +138,7 @@ def base_of(folder: Path) -> str:
     Raises:
         CheckpointError: its adapter_config.json does not say.
     """
-    try:
-        name = json.loads((folder / ADAPTER).read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{folder / ADAPTER} must be readable JSON: {error}.") from None
+    name = read_object(folder / ADAPTER, "Save the adapter again.").get("base_model_name_or_path")
     if not isinstance(name, str) or not name:
         raise CheckpointError(f"{folder / ADAPTER} must name its base model: got {name!r}. Pass --model.")
     return name
@@ -157,6 +154,7 @@ def source_of_tokenizer(source: str, settings: Settings) -> list[str | None]:
 def _load_student(folder: Path, settings: Settings, device: str, *, is_trainable: bool) -> Any:
     from peft import PeftModel
 
+    _check_headers(folder)  # before the base model is loaded
     base = _load_plain(settings["model"] or base_of(folder), settings, device, key="model", revision=None)
     return PeftModel.from_pretrained(base, str(folder), is_trainable=is_trainable)
 
@@ -166,6 +164,7 @@ def _load_plain(source: str, settings: Settings, device: str, *, key: str, revis
 
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise ConfigError(f"`{key}` must be a folder that exists, or a name on the Hub: got {source!r}.")
+    _check_headers(Path(source).expanduser())
     is_other = settings["eval.verify"] not in (None, "fast") and _is_ours(Path(source))
     more = {"quantization_config": _verify(settings)} if is_other else {}
     try:
@@ -179,12 +178,21 @@ def _load_plain(source: str, settings: Settings, device: str, *, key: str, revis
     return model.to(device)
 
 
+def _check_headers(folder: Path) -> None:
+    """Refuse damaged weight files of a folder in our words, with the file named; other loaders say less."""
+    from bitdistiller_peft.hub.header import read_header
+
+    for file in sorted(folder.glob("*.safetensors")) if folder.is_dir() else ():
+        read_header(file)
+
+
 def _is_ours(folder: Path) -> bool:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] == "bitdistiller"
-    except (OSError, ValueError, KeyError, TypeError):
+        config = read_object(folder / "config.json", "")
+    except CheckpointError:  # what loads the folder says what is wrong with it
         return False
+    section = config.get("quantization_config")
+    return isinstance(section, dict) and section.get("quant_method") == "bitdistiller"
 
 
 def _verify(settings: Settings) -> Any:

@@ -74,6 +74,9 @@ class Section:
         return [*self.declared(), *(self.inherited() if self.inherited else ())]
 
 
+_TOO_LARGE = 1 << 63  # for a whole number that means something; NaN and infinity are not below it either
+
+
 def convert(option: Option, value: Any) -> Any:
     """Check one value, as YAML reads it.
 
@@ -102,7 +105,7 @@ def did_you_mean(name: object, known: Iterable[str]) -> str:
 
 
 def _must(option: Option, rule: str, value: object) -> ConfigError:
-    return ConfigError(f"`{option.name}` must be {rule}: got {option.name}={value!r}.")
+    return ConfigError(f"`{option.name}` must be {rule}: got {option.name}={repr(value)[:200]}.")
 
 
 def _text(option: Option, value: Any) -> str:
@@ -112,13 +115,15 @@ def _text(option: Option, value: Any) -> str:
 
 
 def _int(option: Option, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or not abs(value) < _TOO_LARGE or value != int(value):
         raise _must(option, "a whole number", value)
     return int(value)
 
 
 def _float(option: Option, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, int) and not abs(value) < _TOO_LARGE):
         raise _must(option, "a number", value)
     return float(value)
 

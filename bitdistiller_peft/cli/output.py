@@ -12,6 +12,7 @@ from bitdistiller_peft._version import library_version
 from bitdistiller_peft.cli.schema import SECTIONS
 from bitdistiller_peft.cli.verb import Console, Settings
 from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.jsonfile import read_object
 
 RESOLVED = "resolved.yaml"
 RESULT = "result.json"
@@ -58,12 +59,12 @@ def begin(
 
     Raises:
         ConfigError: the folder holds something else; nothing is overwritten.
+        CheckpointError: the result that stands there is damaged.
     """
     check(folder, settings, sections, arguments)
     result = folder / RESULT
     if result.is_file():
-        found: dict[str, Any] = json.loads(result.read_text(encoding="utf-8"))
-        return found
+        return read_object(result, "Delete it to run this command again.", allow_nan=True)
     if not settings.is_dry_run:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / RESOLVED, resolved_text(settings, sections, arguments))
@@ -136,6 +137,9 @@ def check(folder: Path, settings: Settings, sections: Sequence[str], arguments: 
             f"`output` must be a new or empty folder, or one of this command: got {str(folder)!r}, which holds other "
             "files. Choose another folder; nothing is overwritten."
         )
+    from bitdistiller_peft.cli.yamlfile import read_yaml
+
+    read_yaml(there)  # which says what is wrong with a damaged one
     before = there.read_text(encoding="utf-8")
     if before.startswith(_HEAD) and not any(file.is_file() and file != there for file in folder.rglob("*")):
         return  # claimed, but refused or stopped before anything was made: the settings may be mended

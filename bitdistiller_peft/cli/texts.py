@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from bitdistiller_peft.cli.verb import Settings
 from bitdistiller_peft.errors import ConfigError, DataError
+from bitdistiller_peft.jsonfile import strict_json
 
 NAMED = ("python-topics", "wikitext2")
 HUB_TEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
@@ -16,6 +16,7 @@ _TO_DO = {
     "generate.prompts": "Write it, a prompt per line, or name another.",
     "distill.data": "Name a folder that `bitdistiller generate` wrote, or a file of texts.",
 }
+_WRITE = "Write the file again."
 TABLES = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -74,7 +75,7 @@ def load_prompts(source: str, prompt_format: str, *, has_template: bool, max_pro
     if path.suffix in TABLES:
         prompts = [_prompt_of(row, path) for row in read_table(path)]
     else:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [line.strip() for line in read_text(path).splitlines() if line.strip()]
     if not prompts:
         raise DataError(f"`prompts` must hold a prompt per line: got none in {source!r}.")
     is_chat = prompt_format == "chat" or (prompt_format == "auto" and has_template)
@@ -101,8 +102,12 @@ def load_training_data(source: str) -> Any:
     if path.is_dir():
         return load_teacher_data(path)
     if path.suffix in TABLES:
-        return Dataset.from_list(list(read_table(path)))
-    paragraphs = [part.strip() for part in path.read_text(encoding="utf-8").split("\n\n")]
+        rows = list(read_table(path))
+        try:
+            return Dataset.from_list(rows)
+        except Exception as error:  # noqa: BLE001  (pyarrow's, of rows that are not alike)
+            raise DataError(f"{path} must hold rows that are alike: {error}. Correct the file.") from None
+    paragraphs = [part.strip() for part in read_text(path).split("\n\n")]
     return Dataset.from_dict({"text": [part for part in paragraphs if part]})
 
 
@@ -110,15 +115,15 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a .jsonl, .json, .csv or .parquet file.
 
     Raises:
-        DataError: a line is no JSON object; it is named.
+        DataError: the file cannot be read, or a line is no JSON object; it is named.
     """
     match path.suffix:
         case ".jsonl":
-            for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+            for number, line in enumerate(read_text(path).splitlines(), start=1):
                 if line.strip():
                     yield _row(line, f"{path}, line {number}")
         case ".json":
-            rows = json.loads(path.read_text(encoding="utf-8"))
+            rows = _parsed(read_text(path), str(path))
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise DataError(f"{path} must hold a list of objects. Or use .jsonl, an object per line.")
             yield from rows
@@ -126,16 +131,36 @@ def read_table(path: Path) -> Iterator[dict[str, Any]]:
             from datasets import Dataset
 
             read = Dataset.from_csv if path.suffix == ".csv" else Dataset.from_parquet
-            yield from read(str(path))
+            try:
+                yield from read(str(path))
+            except Exception as error:  # noqa: BLE001  (pyarrow, pandas and datasets have a dozen)
+                reason = str(error.__cause__ or error)[:300]
+                raise DataError(f"{path} must be a readable {path.suffix} file: {reason}. {_WRITE}") from None
+
+
+def read_text(path: Path) -> str:
+    """Read a text file.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} must be a file of UTF-8 text: {error}. Convert it, or name another.") from None
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return strict_json(text.encode(), allow_nan=True)
+    except ValueError as error:
+        raise DataError(f"{where}: must be JSON: {error}. {_WRITE}") from None
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except ValueError as error:
-        raise DataError(f"{where}: must be a JSON object: {error}.") from None
+    row = _parsed(line, where)
     if not isinstance(row, dict):
-        raise DataError(f"{where}: must be a JSON object: got {type(row).__name__}.")
+        raise DataError(f"{where}: must be a JSON object: got {type(row).__name__}. {_WRITE}")
     return row
 
 
@@ -143,8 +168,8 @@ def _prompt_of(row: dict[str, Any], path: Path) -> Any:
     if "prompt" in row:
         return row["prompt"]
     messages = row.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise DataError(f"{path} must have a column 'prompt' or 'messages': got {sorted(row)}.")
+    if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
+        raise DataError(f"{path} must have a column 'prompt', or 'messages' with lists of objects: got {sorted(row)}.")
     return messages[:-1] if messages[-1].get("role") == "assistant" else messages
 
 
@@ -164,7 +189,7 @@ def _load(source: str, part: str) -> list[str]:
     if not path.is_file():
         raise DataError(f"a text must be a file that exists, or one of {list(NAMED)}: got {source!r}.")
     if path.suffix not in TABLES:
-        return [path.read_text(encoding="utf-8")]
+        return [read_text(path)]
     rows = list(read_table(path))
     if not all(isinstance(row.get("text"), str) for row in rows):
         raise DataError(f"{source} must have a column 'text' in every row.")

@@ -11,6 +11,7 @@ import yaml
 
 from bitdistiller_peft.errors import ConfigError
 
+MAX_YAML = 1_000_000  # bytes
 _NUMBER = re.compile(
     r"""^(?:
         [-+]?(?:[0-9][0-9_]*)\.[0-9_]*(?:[eE][-+]?[0-9]+)?
@@ -24,7 +25,19 @@ _NUMBER = re.compile(
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.1 takes `8e-6` for text, and `yes`, `no`, `on`, `off` for truth values; here as in YAML 1.2."""
+    """YAML 1.1 takes `8e-6` for text, and `yes`, `no`, `on`, `off` for truth values; here as in YAML 1.2.
+
+    No aliases: settings need none, and a few lines of them stand for more than any memory holds.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose a node that is written out."""
+        if self.check_event(yaml.AliasEvent):
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"no aliases: got '*{event.anchor}'; write it out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -59,9 +72,13 @@ def read_yaml(path: Path) -> dict[str, Entry]:
         ConfigError: no such file, no YAML, no mapping, or a key that stands twice; the line is named.
     """
     try:
+        if path.is_file() and (size := path.stat().st_size) > MAX_YAML:
+            raise ConfigError(f"`config` must be at most {MAX_YAML:,} bytes long: got {str(path)!r} of {size:,}.")
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"`config` must be a file that can be read: got {str(path)!r} ({error}).") from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"`config` must be a file that can be read: got {str(path)!r} ({error}). `bitdistiller init` writes one."
+        ) from None
     return parse_yaml(text, path)
 
 
@@ -75,8 +92,9 @@ def parse_yaml(text: str, path: Path) -> dict[str, Entry]:
     Raises:
         ConfigError: see `read_yaml`.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return {}
@@ -86,16 +104,19 @@ def parse_yaml(text: str, path: Path) -> dict[str, Entry]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         where = f"{path}, line {mark.line + 1}" if mark is not None else str(path)
-        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}.") from None
+        raise ConfigError(f"{where}: not YAML: {getattr(error, 'problem', None) or error}. Correct it.") from None
+    except RecursionError:
+        raise ConfigError(f"{path}: nested too deeply. Settings stand in one or two levels.") from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def parse_value(text: str) -> Any:
     """Read one value from the command line by the same rules; what is no YAML is text."""
     try:
         return yaml.load(text, _Loader)  # a SafeLoader
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):
         return text
 
 
@@ -130,16 +151,27 @@ def _entries(loader: _Loader, node: yaml.MappingNode, path: Path) -> dict[str, E
     found: dict[str, Entry] = {}
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
-        key = loader.construct_object(key_node, deep=True)
+        key = _constructed(loader, key_node, path)
         if not isinstance(key, str):
-            raise ConfigError(f"{path}, line {line}: a key must be text: got {key!r}.")
+            raise ConfigError(f"{path}, line {line}: a key must be text: got {repr(key)[:80]}. Quote it.")
         if key in found:
-            raise ConfigError(f"{path}, line {line}: {key!r} stands twice; first in line {found[key].line}.")
+            raise ConfigError(
+                f"{path}, line {line}: {key[:80]!r} stands twice; first in line {found[key].line}. Delete one."
+            )
         if isinstance(value_node, yaml.MappingNode):
             found[key] = Entry(_entries(loader, value_node, path), line)
         else:
-            found[key] = Entry(loader.construct_object(value_node, deep=True), line)
+            found[key] = Entry(_constructed(loader, value_node, path), line)
     return found
+
+
+def _constructed(loader: _Loader, node: yaml.Node, path: Path) -> Any:
+    """A node's value; dates and numbers that are none raise something else than YAML's own errors."""
+    try:
+        return loader.construct_object(node, deep=True)
+    except (ValueError, OverflowError, TypeError) as error:
+        line = node.start_mark.line + 1
+        raise ConfigError(f"{path}, line {line}: not YAML: {str(error)[:200]}. Quote it if it is text.") from None
 
 
 def plain(value: Any) -> Any:

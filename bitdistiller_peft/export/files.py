@@ -14,6 +14,7 @@ from torch import Tensor
 
 from bitdistiller_peft.errors import ExportError
 from bitdistiller_peft.export.source import PackedSource
+from bitdistiller_peft.jsonfile import read_object
 
 WEIGHTS_NAME = "model.safetensors"
 
@@ -44,8 +45,7 @@ def _older_rotation(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json of an exported model."""
-    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return config
+    return read_object(folder / "config.json", "Export again.", error=ExportError)
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Tensor], format: str = "pt") -> None:

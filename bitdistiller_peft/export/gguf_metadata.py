@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from bitdistiller_peft._version import library_version
+from bitdistiller_peft.errors import CheckpointError
 from bitdistiller_peft.export.source import PackedSource
+from bitdistiller_peft.jsonfile import Kinds, check_entries, read_object
 
 # transformers class -> llama.cpp's architecture
 ARCHITECTURES = {
@@ -16,6 +19,21 @@ ARCHITECTURES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+_NUMBERS: Mapping[str, Kinds] = {
+    **dict.fromkeys(("num_attention_heads", "hidden_size", "num_hidden_layers", "intermediate_size"), int),
+    **dict.fromkeys(("max_position_embeddings", "vocab_size"), int),
+    **dict.fromkeys(("num_key_value_heads?", "head_dim?"), (int, NoneType)),
+    "rms_norm_eps": float,
+    "rope_theta?": (float, NoneType),
+}
+_TOKENIZER: Mapping[str, Kinds] = {
+    "model.type": str,
+    "model.vocab": dict,
+    "added_tokens?": list,
+    "pre_tokenizer?": (dict, NoneType),
+}
+_ADDED: Mapping[str, Kinds] = {"id": int, "content": str, "special": bool}
+_REPAIR = "Save the tokenizer again, or take its files out of the folder; the GGUF then takes token ids."
 GPT2_REGEX = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # how text is cut before byte-pair merging -> llama.cpp's name for it
 _SPLITS = {
@@ -31,6 +49,7 @@ def refuse_architecture(source: PackedSource) -> str | None:
     config = source.config
     if source.architecture not in ARCHITECTURES:
         return f"architecture {source.architecture!r} is not among {sorted(ARCHITECTURES)}"
+    source.check_config(_NUMBERS)
     if config.get("hidden_act", "silu") != "silu":
         return f"hidden_act={config['hidden_act']!r} is not 'silu'"
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
@@ -92,13 +111,16 @@ def split_name(content: dict[str, Any]) -> str | None:
     """llama.cpp's name for how a tokenizer.json cuts text, or `None`."""
     outer = content.get("pre_tokenizer") or {}
     steps = outer.get("pretokenizers", [outer])
+    if not isinstance(steps, list) or not all(isinstance(step, dict) for step in steps):
+        return None
     kinds = [step.get("type") for step in steps]
     if kinds == ["ByteLevel"] and steps[0].get("use_regex"):
         return "gpt-2"
     if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits") and steps[1].get("use_regex"):
         return "smollm"
     if kinds == ["Split", "ByteLevel"]:
-        return _SPLITS.get(steps[0]["pattern"].get("Regex", ""))
+        pattern = steps[0].get("pattern")
+        return _SPLITS.get(str(pattern.get("Regex"))) if isinstance(pattern, dict) else None
     return None
 
 
@@ -121,13 +143,22 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, asked: str | None)
     writer.add_tokenizer_pre(asked or split_name(content))
     writer.add_token_list([tokens.get(index, f"[PAD{index}]") for index in range(vocab_size)])
     writer.add_token_types(kinds)
-    special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
     template = folder / "chat_template.jinja"
-    if special.chat_template is None and template.is_file():
-        special.chat_template = template.read_text(encoding="utf-8")
-    special.add_to_gguf(writer, quiet=True)
+    try:
+        special = gguf.SpecialVocab(folder, load_merges=True, n_vocab=vocab_size)
+        if special.chat_template is None and template.is_file():
+            special.chat_template = template.read_text(encoding="utf-8")
+        special.add_to_gguf(writer, quiet=True)
+    except Exception as error:  # whatever a damaged file leads the package to
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise CheckpointError(f"the tokenizer files in {folder} must be readable: {reason}. {_REPAIR}") from error
 
 
 def _read(path: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    content = read_object(path, _REPAIR)
+    check_entries(content, _TOKENIZER, path, _REPAIR)
+    for entry in content.get("added_tokens", ()):
+        check_entries(entry, _ADDED, path, _REPAIR)
+    if any(type(index) is not int for index in content["model"]["vocab"].values()):
+        raise CheckpointError(f"{path} must hold a whole number for every token: it does not. {_REPAIR}")
     return content

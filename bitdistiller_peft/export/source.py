@@ -6,16 +6,16 @@ that other tools know, and checksums say that the bits are those that were saved
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 import torch
@@ -26,12 +26,20 @@ from bitdistiller_peft.errors import BitDistillerError, CheckpointError, ExportE
 from bitdistiller_peft.export.structure import Structure
 from bitdistiller_peft.hub import BitDistillerQuantConfig, verify_files
 from bitdistiller_peft.hub.checkpoint import check_packed
-from bitdistiller_peft.hub.files import weight_files
-from bitdistiller_peft.hub.header import read_header
+from bitdistiller_peft.hub.files import check_folder, weight_files
+from bitdistiller_peft.hub.header import AGAIN, read_json
+from bitdistiller_peft.jsonfile import Kinds, check_entries
 from bitdistiller_peft.layers import ROWS, SCALE, SUFFIXES, ZERO_POINT, packed_layout
 from bitdistiller_peft.packing import unpack_codes, unpack_row
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, dequantize
 
+_KINDS: Mapping[str, Kinds] = {
+    "architectures?": (list, NoneType),
+    "dtype?": (str, NoneType),
+    "torch_dtype?": (str, NoneType),
+    "rope_parameters?": (dict, NoneType),
+    "rope_scaling?": (dict, NoneType),
+}
 # what belongs to the tokenizer and to generation, and goes along unchanged
 COMPANION_FILES = (
     "tokenizer.json",
@@ -109,10 +117,11 @@ class PackedSource:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        path = folder / "config.json"
-        if not path.is_file():
+        self.config_file = folder / "config.json"
+        if not self.config_file.is_file():
             raise CheckpointError(f"`model` must be a folder with config.json: got {str(folder)!r}. Check the path.")
-        self.config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        self.config = read_json(self.config_file)
+        self.check_config(_KINDS)
         section = self.config.pop("quantization_config", None)
         if not isinstance(section, dict) or section.get("quant_method") != "bitdistiller":
             raise StateError(
@@ -125,9 +134,10 @@ class PackedSource:
                 f"`model` must be packed: got {str(folder)!r} with state={self.quant_config.state!r}. Float master "
                 "weights are not the quantized model; pack it first."
             )
+        headers = check_folder(folder)
         files = weight_files(folder)
         verify_files(files, mode="fast")
-        self._files = {name: file for file in files for name in read_header(file)[0]}
+        self._files = {name: file for file in files for name in headers[file.name]}
         packed = {n for n in self._files if n + SCALE in self._files}
         self._tables = {f"{name}.weight" for name in self.quant_config.embeddings} & packed
         self.quantized_names = sorted(packed - self._tables)
@@ -138,7 +148,22 @@ class PackedSource:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the model computes in."""
-        return getattr(torch, str(self.config.get("dtype") or self.config.get("torch_dtype") or "float32"))
+        name = self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+        dtype = getattr(torch, name.removeprefix("torch."), None)
+        if not isinstance(dtype, torch.dtype):
+            raise CheckpointError(f"{self.config_file} must name a dtype of torch: got dtype={name[:80]!r}. {AGAIN}")
+        return dtype
+
+    def check_config(self, kinds: Mapping[str, Kinds]) -> None:
+        """Refuse a config.json that lacks an entry, or has one of another kind.
+
+        Args:
+            kinds: as for `check_entries`.
+
+        Raises:
+            CheckpointError: the entry is named.
+        """
+        check_entries(self.config, kinds, self.config_file, AGAIN)
 
     @property
     def architecture(self) -> str:
@@ -243,7 +268,13 @@ class PackedSource:
 
     @cached_property
     def _structure(self) -> Structure:
-        return Structure.of(self.folder)
+        try:
+            return Structure.of(self.folder)
+        except Exception as error:  # transformers raises whatever an entry leads it to
+            raise CheckpointError(
+                f"{self.config_file} must describe a model that transformers knows: {type(error).__name__}: "
+                f"{str(error)[:300]}. {AGAIN}"
+            ) from error
 
 
 def _same_place(key: str, layer: str) -> bool:

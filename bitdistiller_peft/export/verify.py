@@ -134,10 +134,9 @@ def _guarded(source: PackedSource, folder: Path, chosen: ExportFormat) -> Iterat
         yield from chosen.read(source, folder)
     except BitDistillerError:
         raise
-    except (OSError, ValueError, KeyError, IndexError, TypeError, RuntimeError) as error:
-        raise ExportError(
-            f"{chosen.reader_name} must be able to read {folder.name!r}: {type(error).__name__}: {error}. {_AGAIN}"
-        ) from error
+    except Exception as error:  # whatever a damaged file leads a foreign reader to
+        reason = f"{type(error).__name__}: {str(error)[:300]}"
+        raise ExportError(f"{chosen.reader_name} must be able to read {str(folder)!r}: {reason}. {_AGAIN}") from error
 
 
 def compare_weight(weight: PackedWeight, found: ForeignWeight) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from huggingface_hub import ModelCardData
 
 from bitdistiller_peft.hub.card_sections import MEASURED, mark, put_part, results_by_hand
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
+from bitdistiller_peft.hub.header import read_json
 from bitdistiller_peft.hub.summary import QuantSummary
 
 CARD_NAME = "README.md"
@@ -212,9 +212,8 @@ def _files(folder: Path) -> str:
 
 def _task(folder: Path) -> str | None:
     """What the Hub calls what the model does."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    names = config.get("architectures") or []
-    return "text-generation" if any("ForCausalLM" in name or "LMHead" in name for name in names) else None
+    names = read_json(folder / "config.json").get("architectures") or []
+    return "text-generation" if any("ForCausalLM" in str(name) or "LMHead" in str(name) for name in names) else None
 
 
 def _cell(value: Any) -> str:

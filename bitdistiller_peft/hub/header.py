@@ -1,20 +1,19 @@
-"""Reading untrusted bytes: strict JSON, and the header of a safetensors file checked to the letter.
+"""Reading untrusted bytes: JSON of a checkpoint, and the header of a safetensors file checked to the letter.
 
 Nothing here allocates more than the file has bytes: every length is compared with the file's size before it is used.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from pathlib import Path
 from typing import Any
 
 from bitdistiller_peft.errors import CheckpointError
+from bitdistiller_peft.jsonfile import MAX_JSON, read_object, strict_json
 
 AGAIN = "The file is damaged; download or save it again."
-MAX_JSON = 100_000_000  # bytes; also what safetensors allows a header
 _PREFIX = 8
 _BITS = {
     **dict.fromkeys(("BOOL", "U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
@@ -29,38 +28,13 @@ _BITS = {
 Entry = dict[str, Any]
 
 
-def strict_json(content: bytes) -> Any:
-    """Parse JSON that leaves nothing open: UTF-8, no repeated key, no NaN, no depth that exhausts the stack.
-
-    Raises:
-        ValueError: the text is none of that.
-    """
-    try:
-        return json.loads(
-            content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant, parse_float=_finite
-        )
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON file that must hold an object.
 
     Raises:
         CheckpointError: it is missing, too large, not strict JSON, or no object.
     """
-    if not path.is_file():
-        raise CheckpointError(f"{path.name} must be a file: there is none in {path.parent}. Download the model again.")
-    size = path.stat().st_size
-    if size > MAX_JSON:
-        raise CheckpointError(f"{path.name} must be at most {MAX_JSON:,} bytes long: got {size:,}. {AGAIN}")
-    try:
-        content = strict_json(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path.name} must be strict JSON: {error}. {AGAIN}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path.name} must hold a JSON object: got {type(content).__name__}. {AGAIN}")
-    return content
+    return read_object(path, AGAIN)
 
 
 def read_header(path: Path) -> tuple[dict[str, Entry], int]:
@@ -93,25 +67,6 @@ def read_header(path: Path) -> tuple[dict[str, Entry], int]:
     if start + end != size:
         raise CheckpointError(f"{path.name} must be {start + end} bytes long: got {size}. {AGAIN}")
     return entries, start
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"key {next(name for name in names if names.count(name) > 1)[:80]!r} comes twice")
-    return result
-
-
-def _finite(text: str) -> float:
-    number = float(text)
-    if not math.isfinite(number):
-        raise ValueError(f"{text[:40]} is too large a number")
-    return number
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
 
 
 def _entries(header: dict[str, Any]) -> dict[str, Entry]:

@@ -16,10 +16,10 @@ from torch import Tensor
 
 from bitdistiller_peft.errors import CheckpointError, ForeignModelError
 from bitdistiller_peft.grids import PUBLISHED_NF4
-from bitdistiller_peft.hub.header import strict_json
 from bitdistiller_peft.importing.affine import check_scales, storable
 from bitdistiller_peft.importing.folder import TensorFolder, choice, refuse_entries
 from bitdistiller_peft.importing.formats import ForeignModel, ImportedWeight, ImportFormat
+from bitdistiller_peft.jsonfile import strict_json
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec
 
 GRID, BITS = "nf4", 4

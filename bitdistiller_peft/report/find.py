@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,12 +12,14 @@ from typing import Any
 from bitdistiller_peft.errors import CheckpointError, ConfigError
 from bitdistiller_peft.hub.config import QUANT_METHOD
 from bitdistiller_peft.hub.files import weight_files
-from bitdistiller_peft.hub.header import MAX_JSON, read_json
+from bitdistiller_peft.hub.header import read_json
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME
+from bitdistiller_peft.jsonfile import MAX_JSON, strict_json
 
 STAGES = ("calibrate", "generate", "cache", "distill", "eval", "export")
 RESULT, SETTINGS, COSTS = "result.json", "resolved.yaml", "costs.json"
 METRICS, STATE, DOCTOR = "metrics.jsonl", "trainer_state.json", "doctor.json"
+_AGAIN = "Delete it, and run its stage again."
 _COMMAND = re.compile(r"# bitdistiller ([a-z-]+),")
 
 
@@ -201,11 +202,11 @@ def _json(path: Path, read: list[Path]) -> dict[str, Any]:
 def _entry(text: str, where: str) -> dict[str, Any]:
     """A JSON object; NaN may stand in it, since a log of a run that went wrong has some."""
     try:
-        entry = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} must be a JSON object: {error}. Delete it, and run its stage again.") from None
+        entry = strict_json(text.encode(), allow_nan=True)
+    except ValueError as error:
+        raise CheckpointError(f"{where} must be a JSON object: {error}. {_AGAIN}") from None
     if not isinstance(entry, dict):
-        raise CheckpointError(f"{where} must be a JSON object: got {type(entry).__name__}.")
+        raise CheckpointError(f"{where} must be a JSON object: got {type(entry).__name__}. {_AGAIN}")
     return entry
 
 
@@ -213,6 +214,6 @@ def _text(path: Path, read: list[Path]) -> str:
     if not path.is_file():
         return ""
     if path.stat().st_size > MAX_JSON:
-        raise CheckpointError(f"{path} must be at most {MAX_JSON:,} bytes long: got {path.stat().st_size:,}.")
+        raise CheckpointError(f"{path} must be at most {MAX_JSON:,} bytes long: got {path.stat().st_size:,}. {_AGAIN}")
     read.append(path)
     return path.read_text(encoding="utf-8", errors="replace")

@@ -107,7 +107,7 @@ class WeightAverages(TrainerCallback):
             found = load_file(folder / AVERAGES_NAME)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{folder} must hold {AVERAGES_NAME}: {error}. {advice}") from None
-        shapes = {name: tuple(p.shape) for name, p in self._trained.items()}
-        if {name: tuple(average.shape) for name, average in found.items()} != shapes:
+        kinds = {name: (tuple(p.shape), torch.float32) for name, p in self._trained.items()}
+        if {name: (tuple(average.shape), average.dtype) for name, average in found.items()} != kinds:
             raise CheckpointError(f"{folder / AVERAGES_NAME} must be of this model: got other tensors. {advice}")
         return {name: found[name].to(parameter.device) for name, parameter in self._trained.items()}

@@ -18,24 +18,29 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from bitdistiller_peft._version import library_version
-from bitdistiller_peft.errors import CheckpointError, ConfigError, StateError, UnknownNameError
+from bitdistiller_peft.errors import BitDistillerError, CheckpointError, ConfigError, StateError, UnknownNameError
 from bitdistiller_peft.hub.atomic import write_text
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME as CHECKSUMS_NAME
 from bitdistiller_peft.hub.manifest import verify_files, write_manifest
 from bitdistiller_peft.losses import Head
+from bitdistiller_peft.training.cache_checks import (
+    AGAIN,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    check_tensors,
+    open_tensors,
+    read_index,
+    read_manifest,
+)
 
-MANIFEST_NAME = "manifest.json"
 HEAD_NAME = "head.safetensors"
-FORMAT = "bitdistiller-teacher-cache"
-FORMAT_VERSION = 1
 KINDS = {"hidden": ("bfloat16", "float16", "float32"), "topk": ("float16", "float32")}
 """Kind of answer to the dtypes that it may be stored in."""
-
-_AGAIN = "Delete the folder and call cache_teacher() again."
 
 
 @dataclass(frozen=True)
@@ -117,7 +122,9 @@ def begin(folder: Path, identity: Mapping[str, Any]) -> None:
     if path.exists():
         was = _flat(read_manifest(folder))
         now = _flat(json.loads(json.dumps(identity)))
-        differences = [f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if was[key] != value]
+        differences = [
+            f"{key} was {was.get(key)!r}, is {value!r}" for key, value in now.items() if was.get(key) != value
+        ]
         if differences:
             raise ConfigError(
                 f"`output_dir` must hold a cache of the same run, or nothing: in {folder}, {'; '.join(differences)}. "
@@ -151,25 +158,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------------- reading
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read what a cache is a cache of.
-
-    Raises:
-        CheckpointError: there is no manifest, or not one of ours.
-    """
-    path = folder / MANIFEST_NAME
-    try:
-        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder} must hold a teacher cache: there is no {MANIFEST_NAME}.") from None
-    except ValueError as error:
-        raise CheckpointError(f"{path} must be readable: {error}. {_AGAIN}") from None
-    kind = (manifest.get("format"), manifest.get("format_version")) if isinstance(manifest, dict) else None
-    if kind != (FORMAT, FORMAT_VERSION):
-        raise CheckpointError(f"{path} must be of format {FORMAT} {FORMAT_VERSION}: got {kind}.")
-    return dict(manifest)
-
-
 class TeacherCache:
     """A complete cache, opened for reading. Every shard's checksum is compared when it is first read.
 
@@ -189,13 +177,13 @@ class TeacherCache:
         self.folder = Path(folder)
         self.manifest = read_manifest(self.folder)
         total = self.manifest["num_shards"]
-        missing = [index for index in range(total) if not shard_path(self.folder, index).exists()]
-        if missing or not (self.folder / CHECKSUMS_NAME).exists():
+        there = len(list(self.folder.glob("shard-*.safetensors")))
+        if there < total or not (self.folder / CHECKSUMS_NAME).exists():
             raise StateError(
-                f"{folder} must be complete: got {total - len(missing)} of {total} shards. Call cache_teacher() with "
-                "the same arguments and output_dir to go on."
+                f"{folder} must be complete: got {there} of {total} shards. Call cache_teacher() with the same "
+                "arguments and output_dir to go on."
             )
-        self.layout = CacheLayout(**self.manifest["layout"])
+        self.layout = self._layout()
         self._files: dict[int, Any] = {}
         self._places: dict[bytes, Place] = {}
         for index in range(total):
@@ -226,7 +214,7 @@ class TeacherCache:
         if file is None:
             path = shard_path(self.folder, place.shard)
             verify_files([path])
-            file = self._files[place.shard] = _open(path)
+            file = self._files[place.shard] = open_tensors(path)
         return {name: file.get_slice(name)[place.start : place.stop] for name in self.layout.tensors(0)}
 
     @functools.cached_property
@@ -239,10 +227,13 @@ class TeacherCache:
         if self.layout.kind != "hidden":
             raise CheckpointError(f"{self.folder} must be of kind 'hidden' to have a head: got {self.layout.kind!r}.")
         path = self.folder / HEAD_NAME
+        file = open_tensors(path)
         verify_files([path])
-        file = _open(path)
-        bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118  (no dict)
-        return Head(file.get_tensor("weight"), bias, **self.manifest["head"])
+        try:
+            bias = file.get_tensor("bias") if "bias" in file.keys() else None  # noqa: SIM118  (no dict)
+            return Head(file.get_tensor("weight"), bias, **self.manifest["head"])
+        except (SafetensorError, ConfigError) as error:
+            raise CheckpointError(f"{path} must be the head that {MANIFEST_NAME} describes: {error} {AGAIN}") from None
 
     def verify(self, mode: Literal["fast", "full"] = "full") -> None:
         """Compare every file with what was written.
@@ -255,21 +246,16 @@ class TeacherCache:
         """
         verify_files(sorted(self.folder.glob("*.safetensors")), mode=mode)
 
+    def _layout(self) -> CacheLayout:
+        try:
+            return CacheLayout(**self.manifest["layout"])
+        except BitDistillerError as error:
+            raise CheckpointError(f"{self.folder / MANIFEST_NAME} must be whole: {error} {AGAIN}") from None
+
     def _index(self, shard: int) -> None:
         path = shard_path(self.folder, shard)
-        file = _open(path)
-        offsets = file.get_tensor("offsets").tolist()
-        digests = file.get_tensor("digests").numpy()
-        for name, (_, shape) in self.layout.tensors(offsets[-1]).items():
-            found = file.get_slice(name).get_shape() if name in file.keys() else None  # noqa: SIM118
-            if found != shape:
-                raise CheckpointError(f"{path} must hold {name!r} of shape {shape}: got {found}. {_AGAIN}")
+        file = open_tensors(path)
+        offsets, digests = read_index(path, file)
+        check_tensors(path, file, self.layout.tensors(offsets[-1]))
         for digest, start, stop in zip(digests, offsets[:-1], offsets[1:], strict=True):
-            self._places[digest.tobytes()] = Place(shard, start, stop)
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} must be a safetensors file: {error}. {_AGAIN}") from None
+            self._places[digest] = Place(shard, start, stop)

@@ -22,12 +22,14 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from bitdistiller_peft._version import library_version
 from bitdistiller_peft.errors import CheckpointError
 from bitdistiller_peft.hub.atomic import write_text
+from bitdistiller_peft.jsonfile import check_entries, is_of_kind, read_object, strict_json
 
 logger = logging.getLogger(__name__)
 
 MANIFEST_NAME = "bitdistiller-checkpoint.json"
 AUTO = "auto"
 _CHUNK = 1 << 24
+_DELETE = "Delete this checkpoint."
 _STATE = "trainer_state.json"
 _WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "pytorch_model_fsdp*", "global_step*")
 _OPTIMIZER = ("optimizer.pt", "optimizer.bin", "optimizer_*", "global_step*")
@@ -68,8 +70,10 @@ def damage_of(folder: Path) -> str | None:
     if not manifest.exists():
         return _unreadable(folder)
     try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"]
-        for name, expected in files.items():
+        content = read_object(manifest, _DELETE)
+        check_entries(content, {"files": dict}, manifest, _DELETE)
+        for name, expected in content["files"].items():
+            check_entries(expected, {"bytes": int, "crc32": int}, f"{manifest}, {name[:80]!r},", _DELETE)
             path = folder / name
             if not path.is_file():
                 return f"{name} is missing"
@@ -77,8 +81,8 @@ def damage_of(folder: Path) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
             if _describe(path) != expected:
                 return f"{name} differs from what was written"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{MANIFEST_NAME} cannot be read: {error!r}"
+    except (CheckpointError, OSError, ValueError) as error:  # the last two: a name that can be none of a file
+        return f"{MANIFEST_NAME} cannot be read: {error}"
     return None
 
 
@@ -160,14 +164,21 @@ def _is_readable(path: Path) -> bool:
     match path.suffix:
         case ".json":
             try:
-                json.loads(path.read_text(encoding="utf-8"))
+                content = strict_json(path.read_bytes(), allow_nan=True)
             except ValueError:
                 return False
+            return path.name != _STATE or _is_trainer_state(content)
         case ".safetensors":
             return _is_whole_safetensors(path)
         case ".pt" | ".pth" | ".bin":
             return _is_whole_zip(path)
     return True
+
+
+def _is_trainer_state(content: Any) -> bool:
+    """Whether transformers can take up a state where it was: it checks nothing of that itself."""
+    kinds = {"global_step": int, "log_history": list}
+    return isinstance(content, dict) and all(is_of_kind(content.get(key), kind) for key, kind in kinds.items())
 
 
 def _is_whole_zip(path: Path) -> bool:
@@ -182,7 +193,7 @@ def _is_whole_safetensors(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length)) if length < path.stat().st_size else None
+            header = strict_json(file.read(length)) if length < path.stat().st_size else None
         ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]  # type: ignore[union-attr]
     except (ValueError, KeyError, TypeError, AttributeError, OSError):
         return False

@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from pyarrow import ArrowException  # type: ignore[import-untyped]
 from torch import nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from bitdistiller_peft._version import library_version
-from bitdistiller_peft.errors import StateError
+from bitdistiller_peft.errors import CheckpointError, StateError
 from bitdistiller_peft.hub.generation import stop_and_pad_ids
 from bitdistiller_peft.layers import iter_quantized
 from bitdistiller_peft.training.fingerprints import fingerprint_tokenizer, fingerprint_weights
@@ -109,7 +110,7 @@ def generate_teacher_data(
     with full_precision(model):
         _answer_all(base, tokenizer, prepared, sampling, store, show_progress)
     store.finish()
-    return Dataset.from_list(store.rows)
+    return _dataset(store.rows, folder)
 
 
 def load_teacher_data(output_dir: str | os.PathLike[str]) -> Dataset:
@@ -122,7 +123,16 @@ def load_teacher_data(output_dir: str | os.PathLike[str]) -> Dataset:
         StateError: the data are not complete yet.
         CheckpointError: the folder holds no teacher data, or damaged files.
     """
-    return Dataset.from_list(read_finished(Path(output_dir)))
+    return _dataset(read_finished(Path(output_dir)), Path(output_dir))
+
+
+def _dataset(rows: Sequence[Row], folder: Path | None) -> Dataset:
+    try:
+        return Dataset.from_list(list(rows))
+    except (ArrowException, TypeError) as error:  # texts and messages mixed, as no run writes them
+        raise CheckpointError(
+            f"{folder} must hold teacher data whose rows are alike: {error}. Delete the folder and start again."
+        ) from None
 
 
 def _answer_all(

@@ -15,12 +15,19 @@ from typing import Any
 
 from bitdistiller_peft.errors import CheckpointError, ConfigError, StateError
 from bitdistiller_peft.hub.atomic import sync, write_text
+from bitdistiller_peft.jsonfile import Kinds, check_entries, is_of_kind, read_object, strict_json
 
 MANIFEST_NAME = "manifest.json"
 PART_NAME = "teacher_data.part.jsonl"
 DATA_NAME = "teacher_data.jsonl"
 MANIFEST_VERSION = 1
 _DELETE = "Delete the folder and start again."
+_ROW: dict[str, Kinds] = {
+    **dict.fromkeys(("prompt", "completion"), (str, list)),
+    "num_tokens": int,
+    "finish_reason": str,
+    "prompt_id": int,
+}
 
 Row = dict[str, Any]
 
@@ -140,22 +147,23 @@ def _parse_file(path: Path, *, may_be_torn: bool) -> list[tuple[Row, bytes]]:
 def _parse(line: bytes) -> Row | None:
     """The row in a line; nothing if the line is torn or something else."""
     try:
-        row = json.loads(line) if line.endswith(b"\n") else None
+        row = strict_json(line) if line.endswith(b"\n") else None
     except ValueError:
         return None
-    return row if isinstance(row, dict) and isinstance(row.get("prompt_id"), int) else None
+    is_row = isinstance(row, dict) and all(is_of_kind(row.get(key), kind) for key, kind in _ROW.items())
+    return row if is_row else None
 
 
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     path = folder / MANIFEST_NAME
     if not path.exists():
         return None
-    try:
-        manifest: Any = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise CheckpointError(f"{path} must be readable: {error}. {_DELETE}") from None
-    if not isinstance(manifest, dict) or manifest.get("format_version") != MANIFEST_VERSION:
-        raise CheckpointError(f"{path} must be a manifest of teacher data, version {MANIFEST_VERSION}: it is not.")
+    manifest = read_object(path, _DELETE)
+    if manifest.get("format_version") != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path} must be a manifest of teacher data, version {MANIFEST_VERSION}: it is not. {_DELETE}"
+        )
+    check_entries(manifest, {"num_prompts": int, "sessions": list}, path, _DELETE)
     return manifest
 
 

@@ -49,7 +49,7 @@ def _show(result: dict[str, Any], console: Console) -> None:
     for name, override in result["overrides"].items():
         console.say(f"  {name}: {override}")
     if result["not_converted"]:
-        console.say(f"in full precision: {', '.join(result['not_converted'])}")
+        console.say(f"in full precision: {', '.join(map(str, result['not_converted']))}")
     lines = [
         (row["part"], f"{row['tensors']}", f"{row['weights']:,}", f"{row['bytes']:,}", _bits(row))
         for row in result["parts"]

@@ -12,6 +12,7 @@ from bitdistiller_peft.cli.folder import Folder, bits_per_weight, read_folder
 from bitdistiller_peft.cli.measured import Measured, measured
 from bitdistiller_peft.cli.output import RESULT
 from bitdistiller_peft.cli.tables import table
+from bitdistiller_peft.cli.texts import read_text
 from bitdistiller_peft.cli.verb import Console, Positional, Settings, Verb
 from bitdistiller_peft.cli.verbs.verify import check_bytes
 from bitdistiller_peft.errors import CheckpointError, ConfigError, DataError
@@ -111,7 +112,7 @@ def _card(folder: Folder, repo: str, rows: list[dict[str, Any]]) -> bytes:
     """The card as it reads on the Hub: it was written with the folder in the place of the repository."""
     from bitdistiller_peft.hub.card import with_results
 
-    text = (folder.path / CARD).read_text(encoding="utf-8")
+    text = read_text(folder.path / CARD)
     call = r"PeftModel\.from_pretrained\([^,)]+, " if folder.kind == "adapter" else r"CausalLM\.from_pretrained\("
     text = re.sub(rf"({call})(['\"])[^'\"\n]*\2", lambda found: f"{found[1]}{found[2]}{repo}{found[2]}", text)
     title = repo.rpartition("/")[2]

@@ -143,7 +143,7 @@ def _push_once(settings: Settings, placed: Settings, console: Console) -> dict[s
     source, folder = str(stages.packed_folder(settings)), Path(placed["output"])
     done = output.begin(folder, placed, ("push",), {"model": source})
     if done is not None:
-        console.say(f"pushed before: {done['url']}")
+        console.say(f"pushed before: {done.get('url')}")
         return done
     return output.finish(folder, push.execute(placed, console, source, settings["push.repo"]))
 
