@@ -17,15 +17,18 @@ from bitdistiller_peft.errors import BitDistillerError, CheckpointError
 MAX_JSON = 100_000_000  # bytes; also what safetensors allows a header
 _SURROGATE = re.compile(rb"\\u[dD][89a-fA-F]")
 
+_LARGEST = (1 << 63) - 1  # larger numbers count nothing, and overflow wherever they are used
+
 Kinds = type | tuple[type, ...]
 
 
-def strict_json(content: bytes, *, allow_nan: bool = False) -> Any:
+def strict_json(content: bytes, *, allow_nan: bool = False, allow_halves: bool = False) -> Any:
     """Parse JSON that leaves nothing open: UTF-8, no repeated key, no NaN, no depth that exhausts the stack.
 
     Args:
         content: the bytes.
         allow_nan: take NaN and infinities, which stand in the results of runs that went wrong.
+        allow_halves: take the halves of characters (surrogates), which cannot be written as UTF-8.
 
     Raises:
         ValueError: the text is none of that.
@@ -33,8 +36,8 @@ def strict_json(content: bytes, *, allow_nan: bool = False) -> Any:
     constants: dict[str, Any] = {} if allow_nan else {"parse_constant": _no_constant, "parse_float": _finite}
     try:
         found = json.loads(content.decode("utf-8"), object_pairs_hook=_once, **constants)
-        if _SURROGATE.search(content):
-            json.dumps(found, ensure_ascii=False).encode("utf-8")  # half a character could not be written again
+        if not allow_halves and _SURROGATE.search(content):
+            json.dumps(found, ensure_ascii=False).encode("utf-8")
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     return found
@@ -109,6 +112,8 @@ def is_of_kind(value: Any, kind: Kinds) -> bool:
     kinds = _tuple(kind)
     if isinstance(value, bool):
         return bool in kinds
+    if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+        return False
     return isinstance(value, kinds) or (isinstance(value, int) and float in kinds)
 
 

@@ -13,7 +13,7 @@ from bitdistiller_peft.errors import DataError
 from bitdistiller_peft.jsonfile import Kinds, check_entries, read_object
 
 EVAL_RESULTS = ".eval_results"
-_AGAIN = "Name a folder of `bitdistiller eval`, or evaluate the model again."
+_AGAIN = "`push.results` must be a folder of `bitdistiller eval`: name one, or evaluate the model again."
 _ROW: Mapping[str, Kinds] = {
     "model": str,
     "perplexity?": (dict, NoneType),
@@ -52,6 +52,7 @@ def measured(source: str, model: Path) -> Measured:
     check_entries(content, {"rows": list}, path, _AGAIN, error=DataError)
     for row in content["rows"]:
         check_entries(row, _ROW, path, _AGAIN, error=DataError)
+        check_entries(row.get("tasks") or {}, {"scores?": (list, NoneType)}, path, _AGAIN, error=DataError)
     mine = [row for row in content["rows"] if Path(row["model"]).resolve() == model.resolve()]
     found = [entry for row in mine for entry in (*_text_scores(row, folder), *_task_scores(row))]
     for entry in found:
@@ -74,7 +75,7 @@ def _text_scores(row: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
 
 
 def _task_scores(row: dict[str, Any]) -> list[dict[str, Any]]:
-    scores = (row.get("tasks") or {}).get("scores", ())
+    scores = (row.get("tasks") or {}).get("scores") or ()
     kept = {"metric": "metric", "value": "value", "protocol": "protocol", "data": "task"}
     return [{ours: score.get(name) for ours, name in kept.items()} for score in map(_mapping, scores)]
 

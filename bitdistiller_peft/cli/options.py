@@ -109,7 +109,7 @@ def _must(option: Option, rule: str, value: object) -> ConfigError:
 
 
 def _text(option: Option, value: Any) -> str:
-    if isinstance(value, (dict, list, bool)):
+    if isinstance(value, (dict, list, bool, bytes, set)):
         raise _must(option, "text", value)
     return str(value)
 

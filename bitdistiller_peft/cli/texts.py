@@ -150,15 +150,15 @@ def read_text(path: Path) -> str:
         raise DataError(f"{path} must be a file of UTF-8 text: {error}. Convert it, or name another.") from None
 
 
-def _parsed(text: str, where: str) -> Any:
+def _parsed(text: str, where: str, kind: str = "JSON") -> Any:
     try:
         return strict_json(text.encode(), allow_nan=True)
     except ValueError as error:
-        raise DataError(f"{where}: must be JSON: {error}. {_WRITE}") from None
+        raise DataError(f"{where}: must be {kind}: {error}. {_WRITE}") from None
 
 
 def _row(line: str, where: str) -> dict[str, Any]:
-    row = _parsed(line, where)
+    row = _parsed(line, where, "a JSON object")
     if not isinstance(row, dict):
         raise DataError(f"{where}: must be a JSON object: got {type(row).__name__}. {_WRITE}")
     return row
@@ -169,7 +169,9 @@ def _prompt_of(row: dict[str, Any], path: Path) -> Any:
         return row["prompt"]
     messages = row.get("messages")
     if not isinstance(messages, list) or not messages or not all(isinstance(each, dict) for each in messages):
-        raise DataError(f"{path} must have a column 'prompt', or 'messages' with lists of objects: got {sorted(row)}.")
+        raise DataError(
+            f"{path} must have a column 'prompt', or 'messages' with lists of objects: got {sorted(row)}. {_WRITE}"
+        )
     return messages[:-1] if messages[-1].get("role") == "assistant" else messages
 
 
@@ -192,7 +194,7 @@ def _load(source: str, part: str) -> list[str]:
         return [read_text(path)]
     rows = list(read_table(path))
     if not all(isinstance(row.get("text"), str) for row in rows):
-        raise DataError(f"{source} must have a column 'text' in every row.")
+        raise DataError(f"{source} must have a column 'text' in every row. Name a file that has.")
     return [row["text"] for row in rows]
 
 

@@ -135,6 +135,8 @@ def add_tokenizer(writer: Any, folder: Path, vocab_size: int, asked: str | None)
     content = _read(path)
     tokens = {index: text for text, index in content["model"]["vocab"].items()}
     added = {entry["id"]: entry for entry in content.get("added_tokens", [])}
+    if outside := [index for index in added if not 0 <= index < vocab_size]:
+        raise CheckpointError(f"{path} must number its tokens within {vocab_size}: got {outside[0]}. {_REPAIR}")
     tokens |= {index: entry["content"] for index, entry in added.items()}
     kinds = [gguf.TokenType.NORMAL if index in tokens else gguf.TokenType.UNUSED for index in range(vocab_size)]
     for index, entry in added.items():

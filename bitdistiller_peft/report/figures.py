@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from bitdistiller_peft.jsonfile import is_of_kind
 from bitdistiller_peft.report.axes import num_bytes, short
 from bitdistiller_peft.report.document import Block, Figure, Paragraph, Section, Table
 from bitdistiller_peft.report.find import Findings
@@ -32,6 +33,7 @@ _CURVES = (
         "share of all",
     ),
 )
+_STEPS = 1 << 50  # no run has more; beyond, an axis could not tell one from the next
 _NO_MODEL = "No packed model was found. `bitdistiller distill` or `bitdistiller run` makes one."
 _TRAIN = "`bitdistiller distill` (with `logging_steps`) writes the log; so does `bitdistiller run`."
 
@@ -44,7 +46,7 @@ def series_of(log: Sequence[dict[str, Any]], key: str, name: str) -> Series | No
         key: the metric.
         name: for the legend.
     """
-    entries = [entry for entry in log if _is_number(entry.get(key)) and _is_number(entry.get("step"))]
+    entries = [entry for entry in log if _is_number(entry.get(key)) and _is_step(entry.get("step"))]
     series = Series(name, tuple(float(e["step"]) for e in entries), tuple(float(e[key]) for e in entries))
     return series if series.points() else None
 
@@ -181,7 +183,11 @@ def sizes(weights: WeightReport | None) -> Section:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return is_of_kind(value, float)
+
+
+def _is_step(value: Any) -> bool:
+    return _is_number(value) and abs(value) < _STEPS
 
 
 def _is_lost(value: Any) -> bool:

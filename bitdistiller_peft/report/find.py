@@ -161,7 +161,7 @@ def _log(folder: Path, read: list[Path]) -> tuple[dict[str, Any], ...]:
         for path in (place / STATE, *(checkpoint / STATE for checkpoint in newest)):
             if path.is_file():
                 history = _entry(_text(path, read), str(path)).get("log_history")
-                return tuple(entry for entry in history or () if isinstance(entry, dict))
+                return tuple(entry for entry in items(history) if isinstance(entry, dict))
     return ()
 
 
@@ -169,7 +169,7 @@ def _doctor(folder: Path, read: list[Path]) -> tuple[dict[str, Any], ...]:
     for place in (folder, folder / "trainer", folder / "distill" / "trainer"):
         if (place / DOCTOR).is_file():
             found = _json(place / DOCTOR, read).get("findings")
-            return tuple(finding for finding in found or () if isinstance(finding, dict))
+            return tuple(finding for finding in items(found) if isinstance(finding, dict))
     return ()
 
 
@@ -195,6 +195,11 @@ def _name_of_base(config: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) and name else None
 
 
+def items(value: Any) -> list[Any]:
+    """A list of a file as it is, and anything else as an empty one."""
+    return value if isinstance(value, list) else []
+
+
 def _json(path: Path, read: list[Path]) -> dict[str, Any]:
     return _entry(_text(path, read), str(path))
 
@@ -202,7 +207,7 @@ def _json(path: Path, read: list[Path]) -> dict[str, Any]:
 def _entry(text: str, where: str) -> dict[str, Any]:
     """A JSON object; NaN may stand in it, since a log of a run that went wrong has some."""
     try:
-        entry = strict_json(text.encode(), allow_nan=True)
+        entry = strict_json(text.encode(), allow_nan=True, allow_halves=True)
     except ValueError as error:
         raise CheckpointError(f"{where} must be a JSON object: {error}. {_AGAIN}") from None
     if not isinstance(entry, dict):

@@ -8,9 +8,10 @@ from typing import Any
 
 from bitdistiller_peft.hub.header import read_json
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME
+from bitdistiller_peft.jsonfile import is_of_kind
 from bitdistiller_peft.report.axes import duration, num_bytes, short
 from bitdistiller_peft.report.document import Answer, Block, Dialogue, Paragraph, Section, Table, Verbatim
-from bitdistiller_peft.report.find import STAGES, Findings
+from bitdistiller_peft.report.find import STAGES, Findings, items
 
 _PLAIN = (str, int, float, bool)
 _DIVERGENCE = ("KL mean", "KL 95 %", "top-1")
@@ -21,14 +22,19 @@ def mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
+def real(value: Any) -> float | None:
+    """A number of a file, and `None` for what is none."""
+    return float(value) if is_of_kind(value, float) else None
+
+
 def number(value: Any) -> str:
     """A cell for a number of a file; empty for what is none."""
-    return short(float(value)) if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+    return "" if (found := real(value)) is None else short(found)
 
 
 def percent(value: Any) -> str:
     """A cell for a share in [0, 1]; empty for what is none."""
-    return f"{100 * value:.1f} %" if isinstance(value, (int, float)) and not isinstance(value, bool) else ""
+    return "" if (found := real(value)) is None else f"{100 * found:.1f} %"
 
 
 def score_of(row: dict[str, Any]) -> dict[str, Any]:
@@ -49,8 +55,8 @@ def scores(found: Findings) -> Section:
     if tasks:
         header = ("model", "task", "score", "±", "samples", "few-shot", "protocol")
         blocks.append(Table("Tasks", header, tasks, texts=(0, 1, 6)))
-    pairs = found.stages["eval"].get("pairs")
-    if isinstance(pairs, list) and pairs:
+    pairs = items(found.stages["eval"].get("pairs"))
+    if pairs:
         header = ("models", "measure", "difference", "95 % interval")
         blocks.append(Table("Paired comparison", header, tuple(_pair_cells(mapping(p)) for p in pairs), texts=(0, 1)))
     protocols = Counter(str(score_of(row)["protocol"]) for row in found.rows if "protocol" in score_of(row))
@@ -74,8 +80,7 @@ def _score_cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _scores_on_tasks(row: dict[str, Any]) -> list[dict[str, Any]]:
-    found = mapping(row.get("tasks")).get("scores")
-    return [mapping(score) for score in found] if isinstance(found, list) else []
+    return [mapping(score) for score in items(mapping(row.get("tasks")).get("scores"))]
 
 
 def _task_cells(row: dict[str, Any], score: dict[str, Any]) -> tuple[str, ...]:
@@ -96,15 +101,14 @@ def costs(found: Findings) -> Section:
     rows = []
     for stage in STAGES:
         recorded, result = mapping(found.costs.get(stage)), mapping(found.stages.get(stage))
-        seconds = recorded.get("seconds", result.get("seconds"))
+        seconds = real(recorded.get("seconds", result.get("seconds")))
         if seconds is None and stage == "eval":
-            parts = [mapping(part).get("seconds") for row in found.rows for part in row.values()]
-            known = [value for value in parts if isinstance(value, (int, float))]
+            parts = [real(mapping(part).get("seconds")) for row in found.rows for part in row.values()]
+            known = [value for value in parts if value is not None]
             seconds = sum(known) if known else None
-        if isinstance(seconds, (int, float)):
-            peaks = (recorded.get("peak_memory_bytes"), recorded.get("peak_accelerator_bytes"))
-            cells = (num_bytes(peak) if isinstance(peak, (int, float)) else "" for peak in peaks)
-            rows.append((stage, duration(float(seconds)), *cells))
+        if seconds is not None:
+            peaks = [real(recorded.get(key)) for key in ("peak_memory_bytes", "peak_accelerator_bytes")]
+            rows.append((stage, duration(seconds), *("" if peak is None else num_bytes(peak) for peak in peaks)))
     title = "Time and memory by stage"
     if not rows:
         return Section("costs", title, missing="No stage recorded its time. `bitdistiller run -c run.yaml` does.")
@@ -116,12 +120,12 @@ def costs(found: Findings) -> Section:
 def gallery(found: Findings) -> Section:
     """Greedy answers to fixed prompts, those of the teacher beside them."""
     title = "What it says"
-    chosen = next((row for row in reversed(found.rows) if mapping(row.get("gallery")).get("entries")), None)
+    chosen = next((row for row in reversed(found.rows) if items(mapping(row.get("gallery")).get("entries"))), None)
     if chosen is None:
         command = "bitdistiller eval MODEL --text TEXT --teacher BASE --gallery 64 --output FOLDER/eval"
         return Section("gallery", title, missing=f"No gallery of answers was found. `{command}` makes one.")
     content = chosen["gallery"]
-    entries = [mapping(entry) for entry in content["entries"]]
+    entries = [mapping(entry) for entry in items(content["entries"])]
     kinds = Counter(str(mapping(mapping(entry.get("answer")).get("collapse")).get("kind")) for entry in entries)
     words = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
     lead = f"Greedy answers of {chosen.get('model')} ({content.get('state')}) to {len(entries)} fixed prompts: {words}."
@@ -168,7 +172,7 @@ def provenance(found: Findings) -> Section:
 
 def _about_model(found: Findings) -> dict[str, Any]:
     quantization = found.quantization
-    about = {"architecture": ", ".join(map(str, found.config.get("architectures") or ())), "folder": str(found.packed)}
+    about = {"architecture": ", ".join(map(str, items(found.config.get("architectures")))), "folder": str(found.packed)}
     about |= {f"provenance.{key}": value for key, value in mapping(quantization.get("provenance")).items()}
     about |= {key: value for key, value in quantization.items() if key != "provenance"}
     return about | {"transformers_version": found.config.get("transformers_version")}

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from bitdistiller_peft.calibration import CalibrationResult, blockwise, calibrate
+from bitdistiller_peft.calibration.progress import FORMAT, Progress
 from bitdistiller_peft.calibration.slots import find_student
 from bitdistiller_peft.errors import CheckpointError, ConfigError
 from tests.calibration.models import IDS, student
@@ -197,5 +199,53 @@ def test_other_folders_and_other_methods_are_refused(models: Path, tmp_path: Pat
 @pytest.mark.parametrize("content", ["{", "[]", json.dumps({"format_version": 2, "began": {}})])
 def test_a_manifest_that_cannot_be_read_is_refused(content: str, stopped: Path, models: Path) -> None:
     (stopped / FILES[0]).write_text(content)
-    with pytest.raises(CheckpointError, match=r"calibration\.json must be .*Delete its folder"):
+    with pytest.raises(CheckpointError, match=r"calibration\.json must (be|hold) .*Delete its folder"):
         run(student(models), stopped)
+
+
+def test_whatever_is_wrong_with_a_manifest_is_said_with_file_and_remedy(stopped: Path, models: Path) -> None:
+    path = stopped / FILES[0]
+    model = student(models)
+    _, slots = find_student(model)
+    for content in (
+        "[" * 100_000,
+        '{"began": []}',
+        '{"format_version": true, "began": {}}',
+        '{"a": 1, "a": 2}',
+        "\udcff",
+    ):
+        path.write_bytes(content.encode(errors="surrogateescape"))
+        with pytest.raises(CheckpointError, match=r"calibration\.json must .*Delete its folder"):
+            Progress(stopped, model, slots, {})
+
+
+@pytest.mark.parametrize("damage", ["deep", "report", "findings", "text", "folder"])
+def test_a_block_whose_report_is_none_is_named_and_done_again(
+    damage: str, stopped: Path, models: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = stopped / FILES[1]
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()[FORMAT])
+    changed = {
+        "deep": "[" * 100_000,
+        "report": json.dumps(about | {"report": {"name": "model.layers.0", "error_before": "1"}}),
+        "findings": json.dumps(about | {"findings": {name: [1] for name in about["findings"]}}),
+        "text": json.dumps("text"),
+    }
+    if damage == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        save_file(load_file(path), path, metadata={FORMAT: changed[damage]})
+    with caplog.at_level(logging.WARNING):
+        assert _read_or_none(stopped, student(models)) is None
+    assert "Damaged block passed over" in caplog.text
+    assert FILES[1] in caplog.text
+
+
+def _read_or_none(folder: Path, model: nn.Module) -> object:
+    _, slots = find_student(model)
+    was = json.loads((folder / FILES[0]).read_text())
+    progress = Progress.__new__(Progress)
+    progress.folder, progress._began, progress._taken_over = folder, was["began"], set()
+    return progress._read("model.layers.0", [slot for slot in slots if ".layers.0." in slot.name], None)  # type: ignore[arg-type]
