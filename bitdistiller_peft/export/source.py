@@ -268,13 +268,7 @@ class PackedSource:
 
     @cached_property
     def _structure(self) -> Structure:
-        try:
-            return Structure.of(self.folder)
-        except Exception as error:  # transformers raises whatever an entry leads it to
-            raise CheckpointError(
-                f"{self.config_file} must describe a model that transformers knows: {type(error).__name__}: "
-                f"{str(error)[:300]}. {AGAIN}"
-            ) from error
+        return Structure.of(self.folder)
 
 
 def _same_place(key: str, layer: str) -> bool:

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from bitdistiller_peft.errors import CheckpointError
 from bitdistiller_peft.hub.convert import convertible
+from bitdistiller_peft.hub.header import AGAIN
 from bitdistiller_peft.hub.modules import expert_parameters, is_experts, weight_shape
 
 
@@ -32,14 +34,18 @@ class Structure:
 
     @classmethod
     def of(cls, folder: Path) -> Structure:
-        """Build the model of a folder's config.json without memory and look at it."""
-        config = AutoConfig.from_pretrained(folder)
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
-        name = (config.architectures or [""])[0]
-        owner: Any = getattr(transformers, name, None)
-        with torch.device("meta"):
-            model: nn.Module = owner(config) if owner else AutoModelForCausalLM.from_config(config)
+        """Build the model of a folder's config.json without memory and look at it.
+
+        Raises:
+            CheckpointError: transformers does not know the model, or cannot build it.
+        """
+        try:
+            model = _hollow(folder)
+        except Exception as error:  # whatever an entry of the config leads transformers to
+            reason = f"{type(error).__name__}: {str(error)[:300]}"
+            raise CheckpointError(
+                f"{folder / 'config.json'} must describe a model that transformers knows: {reason}. {AGAIN}"
+            ) from error
         modules = list(convertible(model))
         plain = [(name, module) for name, module in modules if not is_experts(module)]
         experts = [module for _, module in modules if is_experts(module)]
@@ -49,3 +55,14 @@ class Structure:
             {getattr(module, key).shape[-1] for module in experts for key in expert_parameters(module)},
             {name for name, module in plain if isinstance(module, Conv1D)},
         )
+
+
+def _hollow(folder: Path) -> nn.Module:
+    config = AutoConfig.from_pretrained(folder)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    owner: Any = getattr(transformers, str((config.architectures or [""])[0]), None)
+    is_model = isinstance(owner, type) and issubclass(owner, PreTrainedModel)  # nothing else is called by a file's word
+    with torch.device("meta"):
+        model: nn.Module = owner(config) if is_model else AutoModelForCausalLM.from_config(config)
+    return model
