@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -457,3 +459,39 @@ def test_a_student_that_is_used_up_is_not_packed_again(ending: str, bases: Bases
     message = "must hold trained layers: got none. It was packed, merged or unloaded before"
     with pytest.raises(StateError, match=message):
         pack(student)
+
+
+_PEAK = """
+import ctypes, gc
+from pathlib import Path
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from bitdistiller_peft import BitDistillerConfig, get_bitdistiller_model
+
+def held(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name + ":"))
+
+config = LlamaConfig(
+    vocab_size=64, hidden_size=512, intermediate_size=1408, num_hidden_layers=12, num_attention_heads=8,
+    tie_word_embeddings=True,
+)
+model = get_bitdistiller_model(LlamaForCausalLM(config), BitDistillerConfig(bits=2, group_size=64))
+student = sum(4 * p.numel() for n, p in model.named_parameters() if "bitdistiller" in n)
+gc.collect()
+ctypes.CDLL(None).malloc_trim(0)
+before = held("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")
+model.pack_and_unload(progressbar=False)
+print((held("VmHWM") - before) / student, (held("VmRSS") - before) / student)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the kernel's marks of memory")
+def test_packing_takes_little_memory_and_gives_the_students_back() -> None:
+    done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    peak, after = map(float, done.stdout.split()[-2:])
+    assert peak < 0.5
+    assert after < -0.5
