@@ -42,7 +42,7 @@ def write_results(
     content = {
         "name": name,
         "command": command(),
-        "commit": _commit(),
+        "commit": commit(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "device": _device(device),
         "versions": {"python": platform.python_version(), **_versions()},
@@ -97,7 +97,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _commit() -> str:
+def commit() -> str:
     """The commit that ran, with `+` if the tree had changes; empty outside of a checkout."""
     git = ["git", "-C", str(ROOT)]
     try:

@@ -9,7 +9,7 @@ and by the processor, since other work on the machine slows both, and it include
 leaves out.
 
     python -m benchmarks.estimate                                  # all; a few minutes on one core
-    python -m benchmarks.estimate --sizes 30M --stages distill
+    python -m benchmarks.estimate --sizes 30M --stages distill --keep   # the other rows of the results stay
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks._results import ROOT, figure, table, write_results
+from benchmarks._results import RESULTS, ROOT, commit, figure, table, write_results
 
 SIZES: dict[str, tuple[int, int, int, int, int]] = {  # hidden, intermediate, layers, heads, vocabulary
     "tiny": (64, 128, 2, 2, 512),
@@ -133,14 +133,15 @@ def measure(stage: str, paths: tuple[Path, Path, Path]) -> dict[str, Any]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def row_of(size: str, stage: str, paths: tuple[Path, Path, Path]) -> dict[str, Any]:
+def row_of(size: str, stage: str, paths: tuple[Path, Path, Path], *, probe: bool) -> dict[str, Any]:
     """Predicted and measured; `paths` are those of model, data and the very small model."""
     with tempfile.TemporaryDirectory() as folder:
-        predicted = predict(settings_of(*paths[:2], stage), Path(folder))
+        predicted = predict([*settings_of(*paths[:2], stage), *([] if probe else ["--no-probe"])], Path(folder))
     verb = stage.partition(",")[0]
     peak = predicted["peak_bytes"][verb] - predicted["runtime_bytes"]
     found = measure(stage, paths)
     return {
+        "commit": commit()[:12],
         "size": size,
         "stage": stage,
         "weights": predicted["weights"],
@@ -154,6 +155,12 @@ def row_of(size: str, stage: str, paths: tuple[Path, Path, Path]) -> dict[str, A
         "packed predicted": predicted["packed_bytes"],
         "packed measured": found["packed"],
     }
+
+
+def kept_rows(name: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of an earlier run, by size and stage."""
+    content = json.loads((RESULTS / f"{name}.cpu.json").read_text(encoding="utf-8"))
+    return {(row["size"], row["stage"]): {"commit": content["commit"][:12], **row} for row in content["rows"]}
 
 
 def figures_of(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -170,6 +177,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["30M", "60M", "135M"], choices=list(SIZES))
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--keep", action="store_true", help="leave the rows of the results that are not measured again")
+    parser.add_argument("--no-probe", action="store_true", help="predict memory and size alone")
     parser.add_argument("--name", default="estimate", help="of the results file")
     parser.add_argument("--child", nargs=4, metavar=("STAGE", "MODEL", "DATA", "WARM"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -179,7 +188,7 @@ def main() -> None:
             found = measure_here(stage, *map(Path, paths))
         print(json.dumps(found))
         return
-    rows = []
+    rows = kept_rows(options.name) if options.keep else {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         data = folder / "data.jsonl"
@@ -189,10 +198,11 @@ def main() -> None:
         for size in options.sizes:
             model = save_model(folder / size, size)
             for stage in options.stages:
-                rows.append(row_of(size, stage, (model, data, warm)))
-                print(table(rows[-1:]), flush=True)
-                write_results(options.name, rows, figures_of(rows))
-    print(table(rows))
+                rows[size, stage] = row_of(size, stage, (model, data, warm), probe=not options.no_probe)
+                print(table([rows[size, stage]]), flush=True)
+                ordered = [rows[key] for key in sorted(rows, key=lambda key: (list(SIZES).index(key[0]), key[1]))]
+                write_results(options.name, ordered, figures_of(ordered))
+    print(table(ordered))
 
 
 if __name__ == "__main__":
