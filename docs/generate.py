@@ -6,6 +6,7 @@ them as files.
 
 from __future__ import annotations
 
+import ast
 import inspect
 import json
 import re
@@ -114,11 +115,50 @@ def package_page(name: str) -> str:
 
 
 def errors_page() -> str:
-    """The tree of exceptions."""
+    """The tree of exceptions, and every message, part by part of the package."""
     from bitdistiller_peft import errors
 
     tree = (inspect.getdoc(errors) or "").partition("\n\n")
-    return "\n".join(["# Errors", "", tree[0], "", "```text", tree[2].rstrip(), "```", ""])
+    lines = ["# Errors", "", tree[0], "", "```text", tree[2].rstrip(), "```", "", "## Messages", ""]
+    lines += ["All that the library refuses with, `…` in the place of values. The commonest are explained under", ""]
+    lines[-2] += " [troubleshooting](../troubleshooting.md)."
+    for part, found in messages().items():
+        lines += [f"### {part}", "", *(f"- `` {text} ``" for text in found), ""]
+    return "\n".join(lines)
+
+
+def messages() -> dict[str, list[str]]:
+    """The text of every error, with … for values, by subpackage or file.
+
+    That is what is given to an exception of ours, and what reads like it elsewhere: lists of faults, choices of words.
+    """
+    from bitdistiller_peft import errors
+
+    kinds = {name for name, value in vars(errors).items() if inspect.isclass(value)}
+    found: dict[str, list[str]] = {}
+    for file in sorted((ROOT / "bitdistiller_peft").rglob("*.py")):
+        part = file.relative_to(ROOT / "bitdistiller_peft").parts[0].removesuffix(".py")
+        tree = ast.parse(file.read_text(encoding="utf-8"))
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
+        given = {id(call.args[0]) for call in calls if _called(call) in kinds}
+        inside = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
+        for node in ast.walk(tree):
+            text = "" if id(node) in inside else _text(node)
+            if " " in text and (id(node) in given or re.match(r"`[^`]+` must ", text)):
+                found.setdefault(part, []).append(text)
+    return {part: sorted(set(texts)) for part, texts in found.items()}
+
+
+def _called(call: ast.Call) -> str:
+    return call.func.id if isinstance(call.func, ast.Name) else getattr(call.func, "attr", "")
+
+
+def _text(node: ast.AST) -> str:
+    """A text that the code holds, with … in the place of values; empty for anything else."""
+    if isinstance(node, ast.JoinedStr):
+        parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
+        return " ".join("".join(parts).split()).rstrip("… ")
+    return " ".join(node.value.split()) if isinstance(node, ast.Constant) and isinstance(node.value, str) else ""
 
 
 def entry(name: str, value: Any) -> list[str]:

@@ -359,6 +359,9 @@ def test_estimate_refuses_what_cannot_fit_and_names_the_setting_that_would(
     assert done.code == 4
     assert "distill needs" in done.err
     assert "Set distill.gradient_checkpointing=True" in done.err
+    arguments += ["--distill.per-device-train-batch-size", "4096", "--distill.gradient-checkpointing", "true"]
+    done = command(*arguments)  # the batch alone will do: nothing else is asked for
+    assert "Set distill.per_device_train_batch_size=1: " in done.err
     monkeypatch.setattr(estimate, "_capacity", lambda settings: ("memory", 1 << 20))
     assert "take a smaller model" in command(*arguments).err
 

@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import json
 import re
+from collections.abc import Callable
 from functools import cache
 from importlib import import_module
 from pathlib import Path, PurePosixPath
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 import yaml
+
+from bitdistiller_peft.errors import BitDistillerError
 
 ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -146,6 +149,50 @@ def test_every_measured_figure_is_shown_and_a_missed_one_is_marked() -> None:
 
 
 # ------------------------------------------------------------------------------------------------ troubleshooting
+
+
+def refusals() -> dict[str, Callable[[], object]]:
+    """Something that each part of the package refuses."""
+    from bitdistiller_peft import BitDistillerConfig, DistillConfig
+    from bitdistiller_peft.cli.parse import parse
+    from bitdistiller_peft.cli.texts import load_prompts
+    from bitdistiller_peft.cli.verbs.eval import VERB
+    from bitdistiller_peft.errors import GroupSizeError, UnknownNameError, add_location
+    from bitdistiller_peft.evaluation import compare_results
+    from bitdistiller_peft.export import export_model
+    from bitdistiller_peft.hub import verify_checkpoint
+    from bitdistiller_peft.importing import import_model
+
+    def placed() -> None:
+        raise add_location(GroupSizeError(48, 100), "layer 'a'")
+
+    def unknown() -> None:
+        raise UnknownNameError("grid", "itn", ["int"])
+
+    return {
+        "bits": lambda: BitDistillerConfig(bits=5),
+        "several faults": lambda: DistillConfig("x", loss_type="mixture"),
+        "group size": placed,
+        "unknown name": unknown,
+        "flag": lambda: parse(VERB, ["--sec-len", "3"]),
+        "value": lambda: parse(VERB, ["--seq-len", "three"]),
+        "prompts": lambda: load_prompts("nowhere.txt", "text", has_template=False, max_prompts=None),
+        "comparison": lambda: compare_results({}),
+        "checkpoint": lambda: verify_checkpoint("nowhere"),
+        "import": lambda: import_model("nowhere"),
+        "export": lambda: export_model("nowhere", "out", "gguf"),
+    }
+
+
+@pytest.mark.parametrize("case", refusals())
+def test_what_is_refused_is_found_by_its_words(case: str) -> None:
+    with pytest.raises(BitDistillerError) as caught:
+        refusals()[case]()
+    page = generated()["reference/errors.md"]
+    texts = [text for text in re.findall(r"^- `` (.+) ``$", page, re.M) if len(text.replace("…", "").split()) > 4]
+    for line in str(caught.value).splitlines():
+        patterns = (".*".join(re.escape(part) for part in text.split("…")) for text in texts)
+        assert any(re.search(pattern, line) for pattern in patterns), line
 
 
 @cache

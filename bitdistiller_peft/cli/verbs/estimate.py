@@ -181,20 +181,28 @@ def _refuse(settings: Settings, sizes: memory.Sizes, result: dict[str, Any], who
 
 
 def _advice(settings: Settings, sizes: memory.Sizes, stage: str, limit: int, whole: Callable[[int], int]) -> str:
-    """The shortest way down the list of savings that fits."""
-    values, changed = _values(settings, stage), []
+    """The mildest savings that fit: down the list until they do, and then without those that are not needed."""
+    values = _values(settings, stage)
+
+    def peak(changed: dict[str, Any]) -> int:
+        return whole(PEAKS[stage](sizes, {**values, **changed}))
+
+    def say(changed: dict[str, Any]) -> str:
+        return ", ".join(f"{stage}.{key}={value}" for key, value in changed.items())
+
+    changed: dict[str, Any] = {}
     for key, smaller in SAVINGS[stage]:
-        before = whole(PEAKS[stage](sizes, values))
-        trial = {**values, key: smaller}
-        after = whole(PEAKS[stage](sizes, trial))
-        if after >= before:
-            continue
-        values = trial
-        changed.append(f"{stage}.{key}={smaller}")
-        if after <= limit:
-            return f"Set {', '.join(changed)}: {after / _GIB:.1f} GiB."
-    least = whole(PEAKS[stage](sizes, values))
-    return f"Even with {', '.join(changed) or 'smaller batches'} it needs {least / _GIB:.1f} GiB: take a smaller model."
+        trial = {**changed, key: smaller}
+        if peak(trial) < peak(changed):
+            changed = trial
+        if peak(changed) <= limit:
+            for mild in list(changed):
+                without = {name: value for name, value in changed.items() if name != mild}
+                changed = without if peak(without) <= limit else changed
+            return f"Set {say(changed)}: {peak(changed) / _GIB:.1f} GiB."
+    return (
+        f"Even with {say(changed) or 'smaller batches'} it needs {peak(changed) / _GIB:.1f} GiB: take a smaller model."
+    )
 
 
 def _capacity(device: str) -> tuple[str, int]:

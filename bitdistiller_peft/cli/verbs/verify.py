@@ -21,7 +21,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     is_fast = settings.arguments["fast"]
     check_bytes(folder, is_fast=is_fast)
     how = "CRC-32" if is_fast else "SHA-256"
-    console.say(f"{folder.path}: {len(folder.files)} files, {len(folder.tensors)} tensors, {how} as saved")
+    files = "1 file" if len(folder.files) == 1 else f"{len(folder.files)} files"
+    console.say(f"{folder.path}: {files}, {len(folder.tensors)} tensors, {how} as saved")
     return {
         "folder": str(folder.path),
         "files": [file.name for file in folder.files],
