@@ -139,8 +139,9 @@ def messages() -> dict[str, list[str]]:
     for file in sorted((ROOT / "bitdistiller_peft").rglob("*.py")):
         part = file.relative_to(ROOT / "bitdistiller_peft").parts[0].removesuffix(".py")
         tree = ast.parse(file.read_text(encoding="utf-8"))
+        raised = {node.exc for node in ast.walk(tree) if isinstance(node, ast.Raise)}
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args]
-        given = {id(call.args[0]) for call in calls if _called(call) in kinds}
+        given = {id(call.args[0]) for call in calls if call in raised or _called(call) in kinds}
         inside = {id(piece) for node in ast.walk(tree) if isinstance(node, ast.JoinedStr) for piece in node.values}
         for node in ast.walk(tree):
             text = "" if id(node) in inside else _text(node)
@@ -155,6 +156,8 @@ def _called(call: ast.Call) -> str:
 
 def _text(node: ast.AST) -> str:
     """A text that the code holds, with … in the place of values; empty for anything else."""
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        return f"{_text(node.left) or '…'} {_text(node.right) or '…'}".rstrip("… ")
     if isinstance(node, ast.JoinedStr):
         parts = [str(p.value) if isinstance(p, ast.Constant) else "…" for p in node.values]
         return " ".join("".join(parts).split()).rstrip("… ")
