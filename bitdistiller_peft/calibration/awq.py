@@ -16,7 +16,7 @@ it; inputs that are always zero are not scaled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -28,7 +28,8 @@ from bitdistiller_peft.calibration.capture import Stage, capture, find_stages, i
 from bitdistiller_peft.calibration.folding import Fold, find_fold
 from bitdistiller_peft.calibration.gptq import plain_values, quadratic
 from bitdistiller_peft.calibration.options import AwqOptions
-from bitdistiller_peft.calibration.slots import Slot
+from bitdistiller_peft.calibration.rotation import head_width, rotate_heads
+from bitdistiller_peft.calibration.slots import Display, Slot
 from bitdistiller_peft.calibration.sweep import SKIPPED, Finding, Sweep, blocks_to_visit, segments, sort_by_block
 from bitdistiller_peft.errors import BitDistillerError, StateError, add_location
 
@@ -57,6 +58,10 @@ class AwqSweep(Sweep):
 
     options: AwqOptions
 
+    def __init__(self, options: AwqOptions, num_batches: int, display: Display, on_slot: Callable[[str], None]) -> None:
+        super().__init__(options, num_batches, display, on_slot)
+        self._rotated: set[str] = set()
+
     def run(self, model: nn.Module, slots: list[Slot], batches: Sequence[Tensor]) -> None:
         """Calibrate the student; on any exception it is put back.
 
@@ -69,6 +74,14 @@ class AwqSweep(Sweep):
             StateError: the model cannot be run block by block.
             WeightError, ScaleRangeError: a weight cannot be quantized; the layer is named.
         """
+        rotated = [(slot.weight, slot.weight.clone()) for slot in slots] if self.options.rotate_heads else []
+        try:
+            self._scale(model, slots, batches)
+        except BaseException:
+            _put_back(rotated)
+            raise
+
+    def _scale(self, model: nn.Module, slots: list[Slot], batches: Sequence[Tensor]) -> None:
         scalings = self._find(model, slots, batches)
         own = [tensor for scaling in scalings if scaling.fold is not None for tensor in scaling.fold.tensors]
         own += [tensor for slot in slots for tensor in slot.trained_tensors().values()]
@@ -77,10 +90,11 @@ class AwqSweep(Sweep):
             self._apply_scalings(scalings)
             self._search_ranges(model, slots, batches, {n: f for s in scalings for n, f in s.findings.items()})
         except BaseException:
-            with torch.no_grad():
-                for tensor, copy in kept:
-                    tensor.copy_(copy)
+            _put_back(kept)
             raise
+        for name in self._rotated & self.findings.keys():
+            found = self.findings[name]
+            self.findings[name] = replace(found, note="; ".join(filter(None, (found.note, "rotated head by head"))))
 
     @torch.no_grad()
     def _find(self, model: nn.Module, slots: list[Slot], batches: Sequence[Tensor]) -> list[Scaling]:
@@ -111,6 +125,10 @@ class AwqSweep(Sweep):
         def run(index: int) -> Tensor:
             return runner.run(number, index, hidden[index])
 
+        if self.options.rotate_heads:
+            free = [slot for slot in slots if not self.options.skips(slot.layer_name)]
+            turned = rotate_heads(free, head_width(runner.model), partial(run, len(hidden) - 1))
+            self._rotated |= {slot.name for slot in turned}
         skipped = [slot for slot in slots if is_fused(slot)]
         stages, unseen = find_stages([slot for slot in slots if not is_fused(slot)], run, is_whole=True)
         capture(stages, run, len(hidden) - 1, stop=False)
@@ -127,6 +145,8 @@ class AwqSweep(Sweep):
     def _search_scale(self, stage: Stage, fold: Fold | None) -> Scaling:
         slots = stage.slots
         gram, magnitude = stage.gram_of(slots[0])[0], stage.magnitude()
+        if magnitude is not None and self.options.scales == "sinkhorn":
+            magnitude = 1 / column_spread([slot.weight for slot in slots])
         if gram is None or magnitude is None:
             return _unscaled(slots, "not scaled: no token reached it")
         gram = gram.squeeze(0)
@@ -156,7 +176,7 @@ class AwqSweep(Sweep):
             for slot in scaling.slots:
                 slot.student.weight.mul_(scaling.scale)
         for scaling in scalings:
-            touched.update({slot.name: slot for slot in scaling.slots})
+            touched.update({slot.name: slot for slot in scaling.slots})  # rotated ones are among them
         for slot in touched.values():
             slot.reset_params()
 
@@ -183,6 +203,34 @@ def input_scale(magnitude: Tensor, alpha: float) -> Tensor:
     scale = torch.where(is_used, magnitude, 1.0).pow(alpha).clamp(min=1e-4)
     used = scale[is_used]
     return torch.where(is_used, scale / (used.amax() * used.amin()).sqrt(), 1.0)
+
+
+def column_spread(weights: Sequence[Tensor], steps: int = 16) -> Tensor:
+    """How far the columns of some weights spread, once rows and columns are balanced in turn: fp32 ``[in]``.
+
+    Dividing columns by it evens out what a group of weights has to hold, whatever the activations.
+
+    Source: the Sinkhorn-like normalisation of SINQ (arXiv 2509.22944), section 2. Difference: plain alternation.
+
+    Args:
+        weights: of layers that read the same inputs, ``[out, in]``.
+        steps: rounds.
+    """
+    matrix = torch.cat([weight.float() for weight in weights])
+    least = torch.finfo(torch.float32).tiny
+    columns = torch.ones(matrix.shape[1], device=matrix.device)
+    for _ in range(steps):
+        rows = (matrix / columns).std(1, keepdim=True, correction=0).clamp(min=least)
+        columns = (matrix / rows).std(0, correction=0)
+        columns = torch.where(columns > 0, columns, 1.0)
+        columns = columns / columns.log().mean().exp()
+    return columns
+
+
+def _put_back(kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+    with torch.no_grad():
+        for tensor, copy in kept:
+            tensor.copy_(copy)
 
 
 def _errors(slots: Sequence[Slot], gram: Tensor, scale: Tensor | None) -> dict[str, float]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bitdistiller_peft.calibration.block_options import ORDER
 from bitdistiller_peft.calibration.capture import find_stages
+from bitdistiller_peft.calibration.option_rules import ORDER
 from bitdistiller_peft.calibration.options import BlockwiseOptions, names_match
 from bitdistiller_peft.calibration.slots import Display, Slot
 from bitdistiller_peft.calibration.soft_rounding import SoftRounding

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 PROBE_TOKENS = 8
@@ -127,12 +128,12 @@ class BlockRunner:
         Args:
             index: which block.
             batch: which of the recorded batches' arguments it gets.
-            hidden: hidden states ``[batch, time, width]``.
+            hidden: hidden states ``[batch, time, width]``, on the device of the block.
 
         Returns:
             The hidden states that leave it.
         """
-        args, kwargs = self._calls[index][batch].with_hidden(hidden)
+        args, kwargs = send_to_device(self._calls[index][batch].with_hidden(hidden), hidden.device)
         output = self.blocks[index](*args, **kwargs)
         leaving: Tensor = output if isinstance(output, Tensor) else output[0]
         return leaving

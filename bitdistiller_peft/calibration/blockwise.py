@@ -122,11 +122,16 @@ class _Block:
     ) -> None:
         self.model, self.block, self.name, self.slots = runner.model, runner.blocks[number], runner.names[number], slots
         self.hidden, self.targets = hidden, targets
-        self._run = partial(runner.run, number)
+        self._runner, self._number = runner, number
+        self._device = hidden[0].device  # where the block is run; hidden states stay where they are
         self._sample = range(0, len(hidden), max(1, len(hidden) // 16))  # enough to tell the error
 
     def reconstruct(self, sweep: Sweep, options: BlockwiseOptions) -> BlockReport:
         """Clip, train, and move on; on any exception the student is put back."""
+        with self._moved(options.device, sweep):
+            return self._reconstruct(sweep, options)
+
+    def _reconstruct(self, sweep: Sweep, options: BlockwiseOptions) -> BlockReport:
         started = time.perf_counter()
         self._make_targets(options.targets)
         kept = [(tensor, tensor.clone()) for slot in self.slots for tensor in slot.trained_tensors().values()]
@@ -147,21 +152,41 @@ class _Block:
 
     def pass_by(self, options: BlockwiseOptions) -> None:
         """Move on through a block without quantized parameters, or one that is finished."""
-        self._make_targets(options.targets)
-        self._move_on()
+        with self._moved(options.device, None):
+            self._make_targets(options.targets)
+            self._move_on()
+
+    @contextmanager
+    def _moved(self, device: str | None, sweep: Sweep | None) -> Iterator[None]:
+        """Have the block, and what the search finds in it, on another device for a while."""
+        home = next(self.block.parameters()).device
+        if device is None or home == torch.device(device):
+            yield
+            return
+        self._device = torch.device(device)
+        self.block.to(self._device)
+        try:
+            yield
+        finally:
+            self.block.to(home)
+            for slot in self.slots:
+                _bring_home(sweep, slot.name, home)
+
+    def _run(self, index: int, states: Tensor) -> Tensor:
+        return self._runner.run(self._number, index, states.to(self._device))
 
     @torch.no_grad()
     def _make_targets(self, source: str) -> None:
         entering = self.targets if source == "full" else self.hidden
-        with full_precision(self.model), _fast_dtype(self.hidden[0]):
+        with full_precision(self.model), _fast_dtype(self.hidden[0], self._device):
             for index, states in enumerate(entering):
-                self.targets[index] = self._run(index, states)
+                self.targets[index] = self._run(index, states).to(states.device)
 
     @torch.no_grad()
     def _error(self, options: BlockwiseOptions) -> float:
         """Squared error of the block's output relative to its target, on some of the batches, as the loss sees it."""
         error = energy = 0.0
-        with self._quantized_once(), _fast_dtype(self.hidden[0]):
+        with self._quantized_once(), _fast_dtype(self.hidden[0], self._device):
             for index in self._sample:
                 output, target = self._compared(self._run(index, self.hidden[index]), index, options)
                 error += float(F.mse_loss(output, target, reduction="sum"))
@@ -201,20 +226,20 @@ class _Block:
 
     def _loss(self, index: int, options: BlockwiseOptions) -> Tensor:
         with torch.enable_grad():
-            with _fast_dtype(self.hidden[0]):
+            with _fast_dtype(self.hidden[0], self._device):
                 output = self._run(index, self.hidden[index])
             return F.mse_loss(*self._compared(output, index, options))
 
     def _compared(self, output: Tensor, index: int, options: BlockwiseOptions) -> tuple[Tensor, Tensor]:
         """Output and target as they are to be compared, in fp32."""
-        output, target = output.float(), self.targets[index].float()
+        output, target = output.float(), self.targets[index].to(output.device).float()
         return (output, target) if options.loss == "mse" else (_normalized(output), _normalized(target))
 
     @torch.no_grad()
     def _move_on(self) -> None:
-        with self._quantized_once(), _fast_dtype(self.hidden[0]):
+        with self._quantized_once(), _fast_dtype(self.hidden[0], self._device):
             for index, states in enumerate(self.hidden):
-                self.hidden[index] = self._run(index, states)
+                self.hidden[index] = self._run(index, states).to(states.device)
 
     @contextmanager
     def _quantized_once(self) -> Iterator[None]:
@@ -225,12 +250,18 @@ class _Block:
             yield
 
 
+def _bring_home(sweep: Sweep | None, name: str, home: torch.device) -> None:
+    found = None if sweep is None else sweep.findings.get(name)
+    if sweep is not None and found is not None and found.low is not None and found.high is not None:
+        sweep.findings[name] = replace(found, low=found.low.to(home), high=found.high.to(home))
+
+
 def _normalized(states: Tensor) -> Tensor:
     """Hidden states ``[..., width]`` divided by their root mean square, token by token."""
     return F.rms_norm(states, states.shape[-1:], eps=1e-6)
 
 
-def _fast_dtype(like: Tensor) -> AbstractContextManager[object]:
+def _fast_dtype(like: Tensor, device: torch.device) -> AbstractContextManager[object]:
     """bf16 autocast where the machine multiplies bf16 natively and the model is fp32."""
-    is_fast = like.dtype == torch.float32 and multiplies_bf16(like.device)
-    return torch.autocast(like.device.type, torch.bfloat16) if is_fast else nullcontext()
+    is_fast = like.dtype == torch.float32 and multiplies_bf16(device)
+    return torch.autocast(device.type, torch.bfloat16) if is_fast else nullcontext()

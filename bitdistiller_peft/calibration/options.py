@@ -7,8 +7,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from bitdistiller_peft.calibration.block_options import checked_stages, checked_widths
 from bitdistiller_peft.calibration.clip import FACTORS
+from bitdistiller_peft.calibration.option_rules import (
+    check_device,
+    check_flags,
+    checked_factors,
+    checked_stages,
+    checked_widths,
+)
 from bitdistiller_peft.errors import ConfigError, UnknownNameError
 
 METHODS = ("awq", "blockwise", "clip", "gptq")
@@ -54,7 +60,7 @@ class ClipOptions:
         ):
             if getattr(self, name) not in known:
                 raise UnknownNameError(name, getattr(self, name), known)
-        object.__setattr__(self, "factors", _checked_factors(self.factors))
+        object.__setattr__(self, "factors", checked_factors(self.factors))
         if isinstance(self.skip, str):
             raise ConfigError(f"`skip` must be a list of names: got skip={self.skip!r}. Pass ({self.skip!r},).")
         object.__setattr__(self, "skip", tuple(self.skip))
@@ -114,6 +120,8 @@ class BlockwiseOptions(ClipOptions):
             weight takes, under a temperature that falls until the choice is hard (grids `"int"` and `"int_sym"` with
             learned scales).
         rounding_learning_rate: for `"soft"`: of the logits of that choice.
+        device: where a block is while it is at work, e.g. `"cuda"` for a model that is in main memory: block after
+            block goes there and comes back. `None` leaves all where it is.
         progressive_bits: train each block at these widths first, e.g. `(4,)` on the way to 2 bits, with `epochs` for
             each; scales start anew at every width.
     """
@@ -131,6 +139,7 @@ class BlockwiseOptions(ClipOptions):
     rounding: Literal["ste", "soft"] = "ste"
     rounding_learning_rate: float = 0.05
     progressive_bits: Sequence[int] = ()
+    device: str | None = None
 
     def __post_init__(self) -> None:
         """Check every value."""
@@ -153,6 +162,7 @@ class BlockwiseOptions(ClipOptions):
                 raise ConfigError(f"`{name}` must lie in [0, 1): got {name}={getattr(self, name)!r}. Use 0.002.")
         if not 0 <= self.warmup < 1:
             raise ConfigError(f"`warmup` must lie in [0, 1): got warmup={self.warmup!r}. Use 0.05.")
+        check_device(self.device)
         object.__setattr__(self, "stages", checked_stages(self.stages))
         object.__setattr__(self, "progressive_bits", checked_widths(self.progressive_bits))
 
@@ -196,7 +206,7 @@ class GptqOptions(ClipOptions):
             raise ConfigError(f"`damping` must lie in (0, 1]: got damping={self.damping!r}. Use 0.01.")
         if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
             raise ConfigError(f"`block_size` must be a positive integer: got block_size={self.block_size!r}. Use 128.")
-        _check_flags(self, ("act_order", "clip_search"))
+        check_flags(self, ("act_order", "clip_search"))
 
 
 @dataclass(frozen=True)
@@ -207,6 +217,9 @@ class AwqOptions(ClipOptions):
         alphas: exponents to try: an input with mean magnitude ``m`` is scaled by ``m ** alpha``. All in [0, 1], with 0,
             which is no scaling, among them.
         clip_search: search the ranges of the scaled weights; else they are min-max.
+        scales: what the magnitudes are: `"activations"`, those of the inputs; or `"sinkhorn"`, the inverse spread of
+            the weights' columns, once rows and columns are balanced in turn.
+        rotate_heads: first rotate the values of attention, head by head, between the value and the output projection.
 
     Raises:
         ConfigError: a value outside its rule.
@@ -214,6 +227,8 @@ class AwqOptions(ClipOptions):
 
     alphas: Sequence[float] = tuple(i / 20 for i in range(20))
     clip_search: bool = True
+    scales: Literal["activations", "sinkhorn"] = "activations"
+    rotate_heads: bool = False
 
     def __post_init__(self) -> None:
         """Check every value and bring `alphas` into one form."""
@@ -223,7 +238,9 @@ class AwqOptions(ClipOptions):
                 f"`objective` must be 'output' for method='awq': got objective={self.objective!r}. Scales are made "
                 "from activations; use method='clip'."
             )
-        _check_flags(self, ("clip_search",))
+        check_flags(self, ("clip_search", "rotate_heads"))
+        if self.scales not in ("activations", "sinkhorn"):
+            raise UnknownNameError("scales", self.scales, ("activations", "sinkhorn"))
         try:
             alphas = tuple(sorted({float(value) for value in self.alphas}))
         except (TypeError, ValueError):
@@ -265,22 +282,6 @@ def make_options(method: str, values: dict[str, Any]) -> ClipOptions:
         if name not in known:
             raise UnknownNameError("option", name, known)
     return kind(**values)
-
-
-def _check_flags(options: object, names: Iterable[str]) -> None:
-    for name in names:
-        if type(getattr(options, name)) is not bool:
-            raise ConfigError(f"`{name}` must be True or False: got {name}={getattr(options, name)!r}.")
-
-
-def _checked_factors(values: Sequence[float]) -> tuple[float, ...]:
-    try:
-        factors = tuple(sorted({float(value) for value in values}, reverse=True))
-    except (TypeError, ValueError):
-        raise ConfigError(f"`factors` must be numbers: got factors={values!r}. Use e.g. (1.0, 0.9, 0.8).") from None
-    if not factors or factors[0] != 1 or factors[-1] <= 0:
-        raise ConfigError(f"`factors` must lie in (0, 1], with 1 among them: got factors={list(factors)}.")
-    return factors
 
 
 def names_match(patterns: Iterable[str], layer_name: str) -> bool:

@@ -159,6 +159,7 @@ def test_an_interrupted_finer_stage_gives_the_spec_back(models: Path, monkeypatc
         ({}, {"progressive_bits": (5,)}, "progressive_bits"),
         ({"grid": "nf"}, {"rounding": "soft"}, "rounding"),
         ({"learn_scale": False}, {"rounding": "soft"}, "rounding"),
+        ({}, {"device": "elsewhere"}, "device"),
         ({}, {"rounding_learning_rate": -1.0}, "rounding_learning_rate"),
     ],
 )
@@ -170,3 +171,24 @@ def test_what_does_not_suit_is_refused(
     with pytest.raises(ConfigError, match=message):
         run(model, **options)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_block_at_work_is_elsewhere_and_comes_back(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without a second device: what is sent there and back is watched, and changes nothing."""
+    moves: list[tuple[str, str]] = []
+
+    class Elsewhere(torch.nn.Module):
+        """Notes where a block is sent."""
+
+        def to(self, device: torch.device) -> Any:
+            moves.append((type(self).__name__, str(device)))
+            return self
+
+    plain, moved = student(models), student(models)
+    run(plain)
+    base, _ = find_student(moved)
+    block = type(base.model.layers[0])
+    monkeypatch.setattr(block, "to", Elsewhere.to)
+    run(moved, device="cpu:0")  # not equal to "cpu", and the same
+    assert moves == [(block.__name__, "cpu:0"), (block.__name__, "cpu")] * 2
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), moved.parameters(), strict=True))
