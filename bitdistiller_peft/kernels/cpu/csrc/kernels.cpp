@@ -114,6 +114,10 @@ void dequantize_row(const BdWeight& w, int64_t row, void* out, int type, int isa
         if (isa >= kAvx512 && begin % 16 == 0) {
             middle = begin + (end - begin) / 16 * 16;
             avx512::dequantize(w, words, pair, begin, middle, target, type);
+        } else if (isa == kAvx2 && begin % 8 == 0) {
+            const int64_t safe = w.bits == 3 ? std::min(end, w.cols - 8) : end;  // it reads one byte more
+            middle = std::max(begin, begin + (safe - begin) / 8 * 8);
+            avx2::dequantize(w, words, pair, begin, middle, target, type);
         }
 #else
         (void)isa;
