@@ -52,7 +52,7 @@ class Arm:
         clip: whether a clip search comes first.
         method: another way to calibrate on the same windows, `"gptq"` or `"awq"`.
         blockwise: share of the tokens spent block by block, and its options.
-        training: fields of `DistillConfig` for the rest of the tokens.
+        training: fields of `DistillConfig` for the rest of the tokens, and `step_tokens` where those are its own.
         share: of `--tokens`, all in all; 0 for rows that only look at text, or not even that.
         is_own_text: train on what the full-precision model writes, not on the plain texts.
     """
@@ -126,13 +126,15 @@ class Bench:
         self, student: Any, ids: Tensor, steps: int, values: dict[str, Any], callbacks: Sequence[TrainerCallback] = ()
     ) -> list[dict[str, float]]:
         """Train end to end on the first `steps` of a row of tokens; return the trainer's log."""
-        ids = ids[:, : steps * self.step_tokens]
+        values = dict(values)
+        step_tokens = values.pop("step_tokens", self.step_tokens)
+        ids = ids[:, : steps * step_tokens]
         rows = ids[:, : ids.shape[1] // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN)
         common: dict[str, Any] = {"lr_scheduler_type": "cosine", "gamma_num_batches": 4}
         common["logging_steps"] = max(1, steps // 8)
         with tempfile.TemporaryDirectory() as folder:
             args = DistillConfig(
-                output_dir=folder, max_steps=steps, per_device_train_batch_size=self.step_tokens // SEQ_LEN,
+                output_dir=folder, max_steps=steps, per_device_train_batch_size=step_tokens // SEQ_LEN,
                 max_length=SEQ_LEN, gradient_checkpointing=False, save_strategy="no", report_to="none",
                 use_cpu=not torch.cuda.is_available(), seed=self.options.seed, **common | _with_warmup(values, steps),
             )  # fmt: skip

@@ -38,6 +38,15 @@ LEARNED = {"learn_zero_point": True}
 OURS = {"learning_rate": 1.5e-2, "scale_learning_rate": 1e-2}
 PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
 GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
+# half of the tokens end to end, in small steps, with rates that move codes
+END_TO_END = {
+    "loss_type": "cakld",
+    "learning_rate": 5e-4,
+    "scale_learning_rate": 5e-4,
+    "zero_point_learning_rate": 5e-3,
+    "warmup_ratio": 0.2,
+    "step_tokens": 512,
+}
 
 ARMS = {
     "rtn": Arm(MIN_MAX, share=0.0),
@@ -60,13 +69,15 @@ ARMS = {
         training={"loss_type": "ce", "learning_rate": 0.0, "scale_learning_rate": 2e-5},
     ),
     "fast": Arm(LEARNED, blockwise=(1.0, OURS), share=0.25),
-    "balanced": Arm(LEARNED, blockwise=(0.8, OURS), training=GENTLE),
+    "balanced": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
     # parts of ours taken away
-    "balanced-mse": Arm(LEARNED, blockwise=(0.8, {**OURS, "loss": "mse"}), training=GENTLE),
-    "balanced-no-clip": Arm(LEARNED, blockwise=(0.8, {**OURS, "clip_search": False}), training=GENTLE),
-    "balanced-fixed-zero-point": Arm({}, blockwise=(0.8, OURS), training=GENTLE),
+    "balanced-mse": Arm(LEARNED, blockwise=(0.5, {**OURS, "loss": "mse"}), training=END_TO_END),
+    "balanced-no-clip": Arm(LEARNED, blockwise=(0.5, {**OURS, "clip_search": False}), training=END_TO_END),
+    "balanced-fixed-zero-point": Arm({}, blockwise=(0.5, OURS), training=END_TO_END),
+    "balanced-gentle": Arm(LEARNED, blockwise=(0.8, OURS), training=GENTLE),  # what `balanced` was before
+    "balanced-end-to-end-only": Arm(LEARNED, clip=True, training=END_TO_END),
     "balanced-blockwise-only": Arm(LEARNED, blockwise=(1.0, OURS)),
-    "balanced-forward-kl": Arm(LEARNED, blockwise=(0.8, OURS), training={**GENTLE, "loss_type": "forward_kl"}),
+    "balanced-forward-kl": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, "loss_type": "forward_kl"}),
 }
 NOT_BY_DEFAULT = tuple(name for name in ARMS if name.startswith("balanced-"))
 
@@ -110,8 +121,9 @@ class Bench(_arms.Bench):
             windows = self.calibration_windows()
             calibrate(student, None, windows, method=arm.method, num_samples=len(windows), seq_len=SEQ_LEN)
         share, values = arm.blockwise or (0.0, {})
-        steps = round(budget * (1 - share) / STEP_TOKENS) if arm.training is not None else 0
-        samples = (budget - steps * STEP_TOKENS) // BLOCK_SEQ_LEN if arm.blockwise else 0
+        step_tokens = (arm.training or {}).get("step_tokens", STEP_TOKENS)
+        steps = round(budget * (1 - share) / step_tokens) if arm.training is not None else 0
+        samples = (budget - steps * step_tokens) // BLOCK_SEQ_LEN if arm.blockwise else 0
         used = samples * BLOCK_SEQ_LEN
         if samples:
             windows = self.windows(used)[:, :used].reshape(samples, BLOCK_SEQ_LEN)
@@ -121,7 +133,7 @@ class Bench(_arms.Bench):
             )  # fmt: skip
         if arm.training is not None:
             self.train(student, self.windows(budget)[:, used:], steps, arm.training)
-            used += steps * STEP_TOKENS
+            used += steps * step_tokens
         return student.pack_and_unload(), used
 
 
@@ -180,7 +192,7 @@ def _closed(original: float, ours: float, full: float) -> dict[str, Any]:
 def main() -> None:
     """Run the rows that are missing."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    _arms.add_arguments(parser, tokens=61_440, chunks=CHUNKS, name="quality")
+    _arms.add_arguments(parser, tokens=30_720, chunks=CHUNKS, name="quality")
     default = [name for name in ARMS if name not in NOT_BY_DEFAULT]
     parser.add_argument("--rows", nargs="+", default=default, choices=list(ARMS), help="default: all but ablations")
     parser.add_argument("--bits", type=int, default=2)
