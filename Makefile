@@ -72,11 +72,13 @@ CORE ?=
 MUTMUT := $(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/mutmut
 mutation: $(BIN)/mutmut
 	$(MUTMUT) run $(CORE)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/trust/mutants.py retry
 	$(BIN)/python tests/trust/mutants.py report
 
 mutation-sample: $(BIN)/mutmut
 	test -d mutants || $(MUTMUT) run "bitdistiller_peft.packing.layout*"
 	$(MUTMUT) run $$($(BIN)/python tests/trust/mutants.py sample 300 7)
+	$(OFFLINE) OMP_NUM_THREADS=1 $(BIN)/python tests/trust/mutants.py retry
 	$(BIN)/python tests/trust/mutants.py report
 
 $(BIN)/mutmut: $(STAMP)
