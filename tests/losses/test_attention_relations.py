@@ -121,3 +121,15 @@ def test_a_split_that_does_not_divide_is_refused_with_one_that_does() -> None:
 def test_states_of_another_batch_are_refused() -> None:
     with pytest.raises(ConfigError, match="must have the student's batch and time"):
         loss_of(states(0), [t[:1] for t in states(1)], RelationObjective(2))
+
+
+def test_a_gradient_is_rounded_once_however_much_the_loss_is_multiplied_by() -> None:
+    student, teacher = states(4), states(5)
+    halves = [part.detach().bfloat16().requires_grad_() for part in student]
+    wide = [part.detach().float().requires_grad_() for part in halves]
+    for part, factor in ((halves, 3), (wide, 1)):
+        (factor * attention_relation_loss(part, teacher, MASK, objective=RelationObjective(2))).backward()
+    for half, full in zip(halves, wide, strict=True):
+        assert half.grad is not None
+        assert full.grad is not None
+        assert torch.equal(half.grad, (3 * full.grad).bfloat16())

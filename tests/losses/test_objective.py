@@ -113,3 +113,12 @@ def test_an_unknown_name_is_refused_with_the_nearest_known_one() -> None:
         Objective("mixture", weights={"forward": 1.0})
     with pytest.raises(UnknownNameError):
         Objective("mixture", weights={"mixture": 1.0})
+
+
+def test_the_two_parts_of_an_objective_add_up_to_it() -> None:
+    whole = Objective("mixture", weights={"forward_kl": 2.0, "cakld": 0.5, "ce": 0.25}, gamma=0.75, temperature=2.0)
+    divergences, cross_entropy = whole.parted()
+    assert divergences.terms == {"forward_kl": 2.0, "cakld": 0.5}
+    assert cross_entropy.terms == {"ce": 0.25}
+    assert (divergences.gamma, cross_entropy.gamma, divergences.temperature) == (0.75, None, 2.0)
+    assert not cross_entropy.needs_teacher
