@@ -46,7 +46,9 @@ def test_a_new_family_can_be_added_once(monkeypatch: pytest.MonkeyPatch) -> None
     quantizer = AffineQuantizer()
     register_quantizer(Stranger, quantizer)
     assert get_quantizer(Stranger("odd", 2)) is quantizer
-    with pytest.raises(ConfigError, match=r"`family` must be new: got family=Stranger\. Registered families: .*'Stranger'"):
+    with pytest.raises(
+        ConfigError, match=r"`family` must be new: got family=Stranger\. Registered families: .*'Stranger'"
+    ):
         register_quantizer(Stranger, quantizer)
 
 

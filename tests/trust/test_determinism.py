@@ -8,8 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from bitdistiller_peft import evaluate_divergence, evaluate_perplexity
 from bitdistiller_peft.export import export_model
 from tests.hub.models import make_packed
+from tests.tiny import load
+from tests.training import helpers
 from tests.trust.stages import STAGES, calibrated, digest_of_files
 
 GetFolder = Callable[..., Path]
@@ -28,15 +31,27 @@ def test_a_calibration_gives_the_same_bytes_three_times(method: str, tmp_path: P
     assert len({calibrated(tmp_path / "bases", folder, method, **METHODS[method]) for folder in folders}) == 1
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "gptq"])
+@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq", "gguf", "dequantized"])
 def test_an_export_gives_the_same_files_three_times(
     name: str, packed_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     source, digests = packed_folder("llama", bits=4, grid="int_sym", group_size=32), set()
     for number in range(3):
         export_model(source, name, tmp_path / str(number))
-        digests.add(digest_of_files(tmp_path / str(number), "*.safetensors", "*.json"))
+        digests.add(digest_of_files(tmp_path / str(number), "*.safetensors", "*.json", "*.gguf"))
     assert len(digests) == 1
+
+
+def test_an_evaluation_gives_the_same_numbers_three_times(packed_folder: GetFolder, tmp_path: Path) -> None:
+    text, tokenizer = " ".join(f"w{i % 40} w{i % 7}" for i in range(40)), helpers.tokenizer()
+    how = {"seq_len": 16, "batch_size": 2, "show_progress": False}
+    teacher, found = helpers.base(tmp_path / "bases"), set()
+    for _ in range(3):
+        model = load(packed_folder("llama"))
+        scored = evaluate_perplexity(model, tokenizer, text, **how)
+        distance = evaluate_divergence(model, teacher, tokenizer, text, **how)
+        found.add((scored.perplexity, scored.chunk_nll_nats, distance.mean_kl_nats, distance.p95_kl_nats))
+    assert len(found) == 1
 
 
 def test_three_saves_of_one_recipe_are_the_same_files(tmp_path: Path) -> None:
