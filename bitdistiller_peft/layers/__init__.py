@@ -43,6 +43,7 @@ from bitdistiller_peft.layers.inputs import (
 from bitdistiller_peft.layers.kept import KeptValues
 from bitdistiller_peft.layers.low_rank import has_update, latent_weight
 from bitdistiller_peft.layers.packed import PackedLinear
+from bitdistiller_peft.layers.shards import gathered, is_sharded, unsharded, whole
 from bitdistiller_peft.layers.sub_norm import SUBLN_EPS, SUBLN_PLACEMENTS, SubLN, check_subln
 
 __all__ = [
@@ -74,8 +75,10 @@ __all__ = [
     "companion_suffixes",
     "fake_quantized",
     "forward_with",
+    "gathered",
     "has_update",
     "input_norm",
+    "is_sharded",
     "iter_quantized",
     "latent_weight",
     "linear",
@@ -91,5 +94,7 @@ __all__ = [
     "to_fake_quant_experts",
     "to_packed_embedding",
     "to_packed_experts",
+    "unsharded",
     "weight_dtype",
+    "whole",
 ]

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from bitdistiller_peft.errors import ConfigError, DataError
 from bitdistiller_peft.losses import Head, Objective, SparseTeacher
@@ -131,7 +130,7 @@ def _check_weights(cache: TeacherCache, student: nn.Module) -> None:
 
 def _shared(own: Head, kept: Head) -> Head:
     """The student's frozen head if it is the teacher's, which saves a copy; else the one that was kept."""
-    plain = not isinstance(own.weight, DTensor) and not own.weight.requires_grad and own.bias is None
+    plain = not own.weight.requires_grad and own.bias is None
     same = plain and kept.bias is None and own.weight.dtype == kept.weight.dtype
     is_equal = same and torch.equal(own.weight.cpu(), kept.weight)
     return Head(own.weight.detach(), None, kept.logit_scale, kept.logit_softcap) if is_equal else kept

@@ -114,11 +114,11 @@ def warn_of_slow_dtype(model: nn.Module, args: DistillConfig) -> None:
         warn_of_slow_bf16(args.device, torch.bfloat16, "pass bf16=False to DistillConfig.")
 
 
-def check_parallelism(accelerator: Accelerator, *, is_self_teacher: bool) -> None:
+def check_parallelism(accelerator: Accelerator) -> None:
     """Refuse ways to spread a model that the loss cannot follow.
 
     Raises:
-        ConfigError: context, sequence or tensor parallelism, or ZeRO-3.
+        ConfigError: context, sequence or tensor parallelism.
     """
     parallelism = getattr(accelerator, "parallelism_config", None)
     for name in ("cp", "sp", "tp"):
@@ -127,12 +127,6 @@ def check_parallelism(accelerator: Accelerator, *, is_self_teacher: bool) -> Non
                 f"`parallelism_config` must not split sequences or layers: got {name}_size="
                 f"{getattr(parallelism, f'{name}_size', None)}. Use data parallelism or FSDP."
             )
-    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
-    if plugin is not None and plugin.zero_stage == 3:
-        also = "" if is_self_teacher else ", which shards a separate teacher too"
-        raise ConfigError(
-            f"`zero_stage` must be at most 2: got DeepSpeed's zero_stage=3. Use FSDP2{also}, or zero_stage=2."
-        )
 
 
 def check_whole(args: DistillConfig, *, is_sharded: bool) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from bitdistiller_peft.layers import gathered
+
 _SAMPLED_PER_TENSOR = 16
 
 
@@ -41,8 +43,9 @@ def fingerprint_weights(model: nn.Module) -> str:
     weights.pop("", None)
     digest = hashlib.sha256()
     for name, parameter in sorted(weights.items(), key=lambda item: item[0]):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(_some_values(parameter))
+        with gathered([parameter]):
+            digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+            digest.update(_some_values(parameter))
     return digest.hexdigest()
 
 

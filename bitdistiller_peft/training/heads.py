@@ -11,7 +11,15 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.layers import FakeQuantLinear, PackedLinear, fake_quantized, quant_specs
+from bitdistiller_peft.layers import (
+    FakeQuantLinear,
+    PackedLinear,
+    fake_quantized,
+    gathered,
+    is_sharded,
+    quant_specs,
+    whole,
+)
 from bitdistiller_peft.losses import Head
 from bitdistiller_peft.tuner import BitDistillerLayer
 
@@ -36,7 +44,7 @@ def output_head(model: PreTrainedModel) -> Head:
     weight, bias = _effective(module)
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
-    return Head(_whole(weight), None if bias is None else _whole(bias), logit_scale(config), cap)
+    return Head(_together(weight), None if bias is None else _together(bias), logit_scale(config), cap)
 
 
 def logit_scale(config: Any) -> float:
@@ -68,6 +76,16 @@ def _effective(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """Gather a tensor that FSDP2 has sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+def _together(tensor: Tensor) -> Tensor:
+    """A tensor as every process needs it: what is sharded put together, and kept when the forward pass ends."""
+    if not is_sharded(tensor):
+        return tensor
+    if not tensor.requires_grad or not torch.is_grad_enabled():
+        with gathered([tensor]):
+            return whole(tensor.detach()).clone()
+    if isinstance(tensor, DTensor):  # FSDP would not add up the gradients of the processes
+        raise ConfigError(
+            "a trained output head must be sharded together with the last norm: it is a unit of its own. Use "
+            "auto_wrap_policy TRANSFORMER_BASED_WRAP, or leave the head untrained."
+        )
+    return tensor  # ZeRO-3 has gathered it for the forward pass of its engine

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from bitdistiller_peft.layers import FakeQuantWeight, companion, quant_specs, quantized
+from bitdistiller_peft.layers import FakeQuantWeight, companion, is_sharded, quant_specs, quantized
 from bitdistiller_peft.quantizers import QuantSpec
 from bitdistiller_peft.tuner import BitDistillerLayer
 
@@ -114,7 +113,7 @@ class FlipCounter:
         step = 1.0 if num_weights == -1 else max(1.0, len(weights) / num_weights)
         # one out of every `step`, each time at another place: else, of 7 kinds of layers, always the same might come
         chosen = [weights[int(i * step) + i % int(step)] for i in range(int(len(weights) / step))]
-        self._weights = [entry for entry in chosen if not isinstance(getattr(entry[0], entry[1]), DTensor)]
+        self._weights = [entry for entry in chosen if not is_sharded(getattr(entry[0], entry[1]))]
         self._codes = self._now()
 
     def _now(self) -> list[Tensor]:

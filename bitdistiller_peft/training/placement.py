@@ -47,7 +47,7 @@ def build_teacher(
     if isinstance(teacher, str):
         return _loaded(teacher, student, accelerator, args.teacher_kwargs)
     _check(teacher, student)
-    return SeparateTeacher(_placed(teacher, accelerator))
+    return _placed(teacher, accelerator)
 
 
 def _loaded(teacher: str, student: nn.Module, accelerator: Accelerator, init_kwargs: Mapping[str, Any]) -> Teacher:
@@ -65,7 +65,7 @@ def _loaded(teacher: str, student: nn.Module, accelerator: Accelerator, init_kwa
     if placement == QUANTIZED:
         bits = 4 if init_kwargs["quantization_config"].load_in_4bit else 8
         return SeparateTeacher(model, f"{name} (in {bits} bits)")
-    return SeparateTeacher(_placed(model, accelerator))
+    return _placed(model, accelerator)
 
 
 def _base_name(student: nn.Module, teacher: str) -> str:
@@ -107,9 +107,10 @@ def _offloaded(model: PreTrainedModel, accelerator: Accelerator) -> PreTrainedMo
 
 
 def _refuse_sharding(placement: str, accelerator: Accelerator) -> None:
-    if getattr(accelerator.state, "fsdp_plugin", None) is not None:
+    if getattr(accelerator.state, "fsdp_plugin", None) is not None or zero_stage(accelerator) == 3:
         raise ConfigError(
-            f"`teacher` must not be {placement!r} under FSDP: the shards of other ranks could not be put together. "
+            f"`teacher` must not be {placement!r} under FSDP and ZeRO-3: the shards of other ranks could not be put "
+            "together. "
             "Use 'self', 'cached', or a path, which is sharded as the student is."
         )
 
@@ -138,12 +139,44 @@ def _vocabulary(model: nn.Module) -> int:
     return int(out_features) if out_features is not None else len(output_head(base).weight)
 
 
-def _placed(teacher: PreTrainedModel | PeftModel, accelerator: Accelerator) -> PreTrainedModel | PeftModel:
-    """Put the teacher where the student is: sharded layer by layer under FSDP2, else whole on this rank's device."""
+def _placed(teacher: PreTrainedModel | PeftModel, accelerator: Accelerator) -> SeparateTeacher:
+    """Put the teacher where the student is: in parts under FSDP2 and ZeRO-3, else whole on this process's device."""
     if getattr(accelerator.state, "fsdp_plugin", None) is not None:
         from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-        return fsdp2_prepare_model(accelerator, teacher)
+        return SeparateTeacher(fsdp2_prepare_model(accelerator, teacher))
+    if zero_stage(accelerator) == 3:
+        return SeparateTeacher(teacher, forward=_in_zero3(teacher.eval().requires_grad_(False), accelerator))
     if getattr(teacher, "hf_device_map", None) is None:
         teacher.to(accelerator.device)
-    return teacher
+    return SeparateTeacher(teacher)
+
+
+def _in_zero3(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """Hand the teacher to an engine of its own, which has parameters, gathered layer by layer, and nothing else."""
+    import deepspeed
+
+    stage = {"stage": 3, **_offload_of(accelerator)}
+    dtype = next(teacher.parameters()).dtype
+    engine, *_ = deepspeed.initialize(
+        model=teacher,
+        config={
+            "train_micro_batch_size_per_gpu": 1,  # asked for; nothing is trained
+            "zero_optimization": stage,
+            "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16},
+        },
+    )
+    return engine
+
+
+def _offload_of(accelerator: Accelerator) -> dict[str, Any]:
+    """Where the student's parameters are offloaded to, the teacher's are too."""
+    zero = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+    return {name: zero[name] for name in ("offload_param",) if name in zero}
+
+
+def zero_stage(accelerator: Accelerator) -> int:
+    """The stage of DeepSpeed's ZeRO that is in force; 0 without DeepSpeed."""
+    plugin = getattr(accelerator.state, "deepspeed_plugin", None)
+    return 0 if plugin is None else int(plugin.zero_stage)

@@ -7,7 +7,7 @@ in eval mode, without gradient, and leaves nothing changed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -92,10 +92,18 @@ class SeparateTeacher(Teacher):
     Args:
         model: on its device.
         description: how a model card names it; its name or path by default.
+        forward: what is called in place of the model, where an engine holds it.
     """
 
-    def __init__(self, model: PreTrainedModel | PeftModel, description: str | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel,
+        description: str | None = None,
+        *,
+        forward: Callable[..., HiddenStates] | None = None,
+    ) -> None:
         self._model = model.eval().requires_grad_(False)
+        self._forward = model if forward is None else forward
         self._description = description
         add_distill_forward(base_model_of(model))
 
@@ -113,7 +121,7 @@ class SeparateTeacher(Teacher):
         """Run the teacher."""
         self._model.eval()  # whoever called train() on it: dropout in a teacher is noise in the target
         with torch.no_grad():
-            return self._model(**inputs, return_hidden=True, **self._wanted)
+            return self._forward(**inputs, return_hidden=True, **self._wanted)
 
 
 def without_labels(inputs: Mapping[str, Any]) -> dict[str, Any]:

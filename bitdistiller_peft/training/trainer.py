@@ -103,7 +103,7 @@ class DistillTrainer(SFTTrainer):
         check_master_dtype(self.model, args)
         warn_of_slow_dtype(self.model, args)
         teacher = args.teacher if teacher is None else teacher
-        check_parallelism(self.accelerator, is_self_teacher=teacher == "self")
+        check_parallelism(self.accelerator)
         check_whole(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
         base_model = base_model_of(self.model)
         add_distill_forward(base_model)

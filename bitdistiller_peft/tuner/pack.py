@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from bitdistiller_peft.errors import BitDistillerError, StateError, WeightError, add_location
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.convert import convertible
+from bitdistiller_peft.hub.modules import is_linear
 from bitdistiller_peft.hub.quantizer import as_quantized
 from bitdistiller_peft.hub.tables import tie_packed_head, tied_head
 from bitdistiller_peft.layers import (
@@ -30,11 +31,13 @@ from bitdistiller_peft.layers import (
     register_packed,
     to_packed_embedding,
     to_packed_experts,
+    unsharded,
 )
 from bitdistiller_peft.quantizers import QuantSpec
 from bitdistiller_peft.tuner.config import BitDistillerConfig
 from bitdistiller_peft.tuner.layer import BitDistillerLayer, BitDistillerLinear
 from bitdistiller_peft.tuner.overlays import BitDistillerEmbedding, BitDistillerTiedHead
+from bitdistiller_peft.tuner.whole import is_in_parts, whole_copy
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,7 @@ def pack_model(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]], *,
         progressbar: show progress.
 
     Returns:
-        `model`.
+        `model`; where several processes hold it in parts, a new one, whole on each of them.
 
     Raises:
         StateError: the student is not in force in every layer.
@@ -72,10 +75,14 @@ def pack_model(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]], *,
         packed += [_pack_parameter(name, layer, parameter) for parameter in layer.parameter_names]
         _return_freed_memory()
     base_model, noted = _base_model_name(model), _noted(model, layers)
+    tied = [name for name, module in model.named_modules() if isinstance(module, BitDistillerTiedHead)]
+    if is_in_parts(model):
+        left_out = [f"{entry.layer_name}.{entry.parameter}" for entry in packed]
+        model = whole_copy(model, left_out, layers[0][1].active_name)
     for entry in packed:
         _put_in_place(model, entry)
     _return_freed_memory()
-    _pack_tied_heads(model, packed)
+    _pack_tied_heads(model, tied, packed)
     _unwrap_saved_modules(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
@@ -116,13 +123,15 @@ def _pack_parameter(name: str, layer: BitDistillerLayer, parameter: str) -> _Pac
     student = layer.active_student(parameter)
     if student is None:
         raise StateError(f"the active adapter must cover layer {name!r}.")
-    try:
-        codes, params = quantized(student, "weight")
-    except BitDistillerError as error:
-        raise add_location(error, f"layer {name!r}") from None
-    spec = quant_specs(student)["weight"]
     adapter_name = layer.active_name
     norm = layer.input_norm(adapter_name)
+    with unsharded(student, norm):
+        try:
+            codes, params = quantized(student, "weight")
+        except BitDistillerError as error:
+            raise add_location(error, f"layer {name!r}") from None
+        norm = None if norm is None else _copied(norm)
+    spec = quant_specs(student)["weight"]
     if norm is not None and not bool(torch.isfinite(norm.weight).all()):
         raise WeightError(f"the gains of a SubLN must be finite: got NaN or Inf in layer {name!r}.")
     inputs = InputSpec(layer.activation_bits[adapter_name], None if norm is None else norm.eps)
@@ -130,16 +139,22 @@ def _pack_parameter(name: str, layer: BitDistillerLayer, parameter: str) -> _Pac
     return _Packed(name, parameter, spec, codes.shape[-1], tensors, inputs, norm, is_embedding)
 
 
+def _copied(norm: SubLN) -> SubLN:
+    copy = SubLN(len(norm.weight), norm.eps, norm.weight.device)
+    copy.weight.copy_(norm.weight)
+    return copy
+
+
 def _put_in_place(model: nn.Module, entry: _Packed) -> None:
     layer = model.get_submodule(entry.layer_name)
-    if isinstance(layer, BitDistillerEmbedding):
-        table = layer.base_layer
+    if entry.is_embedding:
+        table = layer.base_layer if isinstance(layer, BitDistillerEmbedding) else layer
         to_packed_embedding(table, entry.spec, entry.tensors, table.weight.dtype)  # type: ignore[arg-type]
         table.train(layer.training)
         model.set_submodule(entry.layer_name, table)
         return
-    if isinstance(layer, BitDistillerLinear):
-        new = PackedLinear(layer.in_features, layer.out_features, spec=entry.spec, device="meta")
+    if isinstance(layer, BitDistillerLinear) or is_linear(layer):
+        new = PackedLinear(entry.in_features, len(entry.tensors[""]), spec=entry.spec, device="meta")
         register_packed(new, "weight", entry.spec, entry.tensors)
         attach_inputs(new, entry.inputs)
         if entry.norm is not None:
@@ -153,11 +168,11 @@ def _put_in_place(model: nn.Module, entry: _Packed) -> None:
     model.set_submodule(entry.layer_name, experts)
 
 
-def _pack_tied_heads(model: nn.Module, packed: list[_Packed]) -> None:
+def _pack_tied_heads(model: nn.Module, heads: list[str], packed: list[_Packed]) -> None:
     tables = {entry.layer_name for entry in packed if entry.is_embedding}
-    heads = [(name, m) for name, m in model.named_modules() if isinstance(m, BitDistillerTiedHead)]
-    for name, head in heads:
-        model.set_submodule(name, head.base_layer)
+    for name in heads:
+        head = model.get_submodule(name)
+        model.set_submodule(name, head.base_layer if isinstance(head, BitDistillerTiedHead) else head)
         table = next(table for table in tables if tied_head(model, table) == name)
         tie_packed_head(model, table, name)
 

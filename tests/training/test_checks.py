@@ -117,27 +117,7 @@ def test_splitting_sequences_or_layers_is_refused(kind: str) -> None:
     setattr(Plan, f"{kind}_enabled", True)
     setattr(Plan, f"{kind}_size", 2)
     with pytest.raises(ConfigError, match=f"{kind}_size=2"):
-        check_parallelism(Machine(), is_self_teacher=True)  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("is_self", "advice"),
-    [
-        (True, r"Use FSDP2, or zero_stage=2"),
-        (False, r"Use FSDP2, which shards a separate teacher too, or zero_stage=2"),
-    ],
-    ids=["self", "separate"],
-)
-def test_zero_3_is_refused_with_what_works_instead(is_self: bool, advice: str) -> None:
-    def machine(stage: int) -> object:
-        plugin = type("Plugin", (), {"zero_stage": stage})
-        return type(
-            "Machine", (), {"parallelism_config": None, "state": type("State", (), {"deepspeed_plugin": plugin})}
-        )
-
-    with pytest.raises(ConfigError, match=f"got DeepSpeed's zero_stage=3. {advice}"):
-        check_parallelism(machine(3), is_self_teacher=is_self)  # type: ignore[arg-type]
-    check_parallelism(machine(2), is_self_teacher=is_self)  # type: ignore[arg-type]
+        check_parallelism(Machine())  # type: ignore[arg-type]
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(bases: Path, tmp_path: Path) -> None:

@@ -1,13 +1,14 @@
-"""One rank of a distributed run: `python -m torch.distributed.run ... worker.py OUT BASES SIZE MODE TEACHER`.
+"""One rank of a distributed run: `python -m torch.distributed.run ... worker.py OUT BASES JOB`.
 
-Trains two steps on the standard data and writes weights and figures of rank 0. MODE is ``ddp`` or ``fsdp``, TEACHER
-``self`` or ``separate``.
+Trains on the standard data, and writes weights and figures of rank 0. JOB is a `Job` as JSON.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,51 @@ import accelerate
 import datasets
 import torch
 from accelerate.utils import DistributedType
+from datasets import Dataset
 from safetensors.torch import save_file
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
+from transformers import set_seed
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
+from bitdistiller_peft.layers import gathered, whole
+from bitdistiller_peft.training import DistillTrainer
 from tests.training import helpers
 
 KEYS = ("loss", "forward_kl", "ce", "confidence", "num_tokens", "gamma", "flip_rate", "eval_loss", "eval_forward_kl")
+ZERO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "zero_force_ds_cpu_optimizer": False,
+    "zero_allow_untested_optimizer": True,
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is run. `mode` is ddp, fsdp, fsdp-sharded (its checkpoints are), zero2 or zero3; `size` is per process."""
+
+    mode: str = "ddp"
+    teacher: str = "self"
+    size: int = 1
+    steps: int = 2
+    base: str = "llama"
+    student: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    resume: str | None = None
+    """a checkpoint to go on from"""
+    again: int | None = None
+    """train once more from the checkpoint of this step, and compare bit for bit"""
+    pack: bool = False
+    cache: str | None = None
+
+    @property
+    def text(self) -> str:
+        """For the command line."""
+        return json.dumps(asdict(self))
 
 
 def allow_fsdp_on_cpus() -> None:
@@ -39,60 +77,124 @@ def allow_fsdp_on_cpus() -> None:
     accelerate.state.AcceleratorState.__init__ = init
 
 
-def main(out: Path, bases: Path, size: int, mode: str = "ddp", teacher: str = "self") -> None:
-    """Run and write `weights.safetensors` and `figures.json`."""
-    torch.set_num_threads(1)
-    datasets.disable_progress_bars()
-    sharding: dict[str, Any] = {}
-    if mode == "fsdp":
+def sharding(mode: str) -> dict[str, Any]:
+    """What the trainer's config is to say."""
+    kind, _, also = mode.partition("-")
+    if kind == "fsdp":
         allow_fsdp_on_cpus()
-        # codes are counted on whole weights only
         layer = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
-        sharding = {"fsdp": True, "fsdp_config": layer, "eval_strategy": "no"}
-    rows = helpers.dataset(16)
-    silent = rows.map(
+        kept = {"state_dict_type": "SHARDED_STATE_DICT"} if also == "sharded" else {}
+        return {"fsdp": True, "fsdp_config": layer | kept}
+    if kind.startswith("zero"):
+        os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+        stage = {"stage": int(kind[-1])}
+        if kind == "zero3":
+            stage |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+        return {"deepspeed": {**ZERO, "zero_optimization": stage}}
+    return {}
+
+
+def data() -> Dataset:
+    """Rows of which every second has no target, so whole micro-batches, and with them ranks, are without one."""
+    return helpers.dataset(24).map(
         lambda row, i: {"labels": row["labels"] if i % 2 else [-100] * len(row["labels"])}, with_indices=True
     )
-    run = helpers.trainer(
-        helpers.student(bases),
-        out / "run",
-        data=silent,  # whole micro-batches, and with them ranks, without a target
-        eval_data=helpers.dataset(8, seed=4),
-        teacher=helpers.base(bases, seed=1) if teacher == "separate" else None,
-        max_length=None,
-        gamma="estimate",
-        gamma_num_batches=2,
-        per_device_train_batch_size=size,
-        per_device_eval_batch_size=size,
-        gradient_accumulation_steps=4,
-        save_strategy="steps",
-        save_steps=1,
-        **sharding,
-    )
-    run.train()
-    run.evaluate()
-    if mode == "fsdp":
-        check_sharded(run.model)
-        if teacher == "separate":
-            check_sharded(run.teacher.model)
-    weights = {
-        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
-        for name, p in run.model.named_parameters()
-        if p.requires_grad
+
+
+def evaluation() -> Dataset:
+    """Other rows."""
+    return helpers.dataset(8, seed=4)
+
+
+def build(job: Job, folder: Path, bases: Path) -> DistillTrainer:
+    """The trainer of this rank."""
+    set_seed(0)
+    settings = {
+        "max_length": None,
+        "learning_rate": 1e-3,
+        "optim": "adamw_torch",  # it has a state to resume
+        "adam_epsilon": 0.01,  # smooth: a gradient that is all but zero must not decide by its sign
+        "gamma": "estimate",
+        "gamma_num_batches": 2,
+        "per_device_train_batch_size": job.size,
+        "per_device_eval_batch_size": job.size,
+        "gradient_accumulation_steps": 4,
+        "max_steps": job.steps,
+        "save_strategy": "steps",
+        "save_steps": 1,
+        **({"teacher": "cached", "teacher_cache": job.cache} if job.teacher == "cached" else {}),
+        **sharding(job.mode),
+        **job.settings,
     }
+    return helpers.trainer(
+        helpers.student(bases, job.base, **job.student),
+        folder,
+        data=data(),
+        eval_data=evaluation(),
+        teacher=helpers.base(bases, job.base, seed=1) if job.teacher == "separate" else None,
+        **settings,
+    )
+
+
+def check_sharded(model: torch.nn.Module, mode: str) -> None:
+    """Refuse a run that was not sharded after all; it would pass for the wrong reason."""
+    parts = [name for name, parameter in model.named_parameters() if is_part(parameter, mode)]
+    layers = [name for name, _ in model.named_parameters() if ".layers." in name]
+    if not layers or not set(layers) <= set(parts):
+        raise SystemExit(f"not sharded: {sorted(set(layers) - set(parts))}")
+    for module in model.modules():  # what is left whole after a forward pass: the last norm and the head
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    left = [name for name, parameter in model.named_parameters() if not is_part(parameter, mode)]
+    if left:
+        raise SystemExit(f"not sharded: {left}")
+
+
+def is_part(parameter: torch.Tensor, mode: str) -> bool:
+    """Whether this rank holds only a part of a parameter."""
+    if mode.startswith("fsdp"):
+        return isinstance(parameter, DTensor) and parameter.to_local().numel() < parameter.numel()
+    return parameter.numel() == 0 and parameter.ds_tensor.numel() < parameter.ds_numel
+
+
+def run_once(job: Job, folder: Path, bases: Path, resume: str | None) -> tuple[DistillTrainer, dict[str, Any]]:
+    """Train and evaluate: the trainer, its figures and its weights."""
+    run = build(job, folder, bases)
+    run.train(resume_from_checkpoint=resume)
+    run.evaluate()
+    if run.accelerator.num_processes > 1 and job.mode not in ("ddp", "zero2"):
+        check_sharded(run.model, job.mode)
+        if job.teacher == "separate":
+            check_sharded(run.teacher.model, job.mode)
+    return run, {key: helpers.history(run, key) for key in KEYS}
+
+
+def main(out: Path, bases: Path, job: Job) -> None:
+    """Run and write `weights.safetensors`, `figures.json` and, if asked, the packed model."""
+    torch.set_num_threads(1)
+    datasets.disable_progress_bars()
+    run, figures = run_once(job, out / "run", bases, job.resume)
+    weights = whole_weights(run.model)
+    if job.again is not None:
+        second, figures_again = run_once(job, out / "run-again", bases, str(out / "run" / f"checkpoint-{job.again}"))
+        difference = helpers.difference(weights, whole_weights(second.model))
+        if difference != 0.0 or figures_again["loss"] != figures["loss"]:
+            raise SystemExit(f"the run that went on differs by {difference}: {figures_again['loss']}")
+    if job.pack:
+        packed = run.model.pack_and_unload()
+        if run.is_world_process_zero():
+            packed.save_pretrained(out / "packed")
     if run.is_world_process_zero():
         save_file(weights, out / "weights.safetensors")
-        figures = {key: helpers.history(run, key) for key in KEYS}
         (out / "figures.json").write_text(json.dumps(figures | {"processes": run.accelerator.num_processes}))
 
 
-def check_sharded(model: torch.nn.Module) -> None:
-    """Refuse a run that was not sharded after all; it would pass for the wrong reason."""
-    layers = [(name, parameter) for name, parameter in model.named_parameters() if ".layers." in name]
-    whole = [name for name, parameter in layers if not isinstance(parameter, DTensor)]
-    if whole:
-        raise SystemExit(f"not sharded: {whole}")
+def whole_weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What is trained, put together from all ranks."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    with gathered(trained.values()):
+        return {name: whole(parameter).detach().clone() for name, parameter in trained.items()}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
+    main(Path(sys.argv[1]), Path(sys.argv[2]), Job(**json.loads(sys.argv[3])))

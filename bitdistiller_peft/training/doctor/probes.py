@@ -17,9 +17,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from bitdistiller_peft.layers import SCALE, SCALE_NEGATIVE, companion, latent_weight, packed_params
+from bitdistiller_peft.layers import SCALE, SCALE_NEGATIVE, companion, is_sharded, latent_weight, packed_params
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, get_quantizer, store_learned_params, to_groups
 from bitdistiller_peft.training.metrics import trained_weights
 
@@ -166,7 +165,7 @@ class Probes:
 
     def __init__(self, model: nn.Module, *, expects_scales: bool = True, num_weights: int = LOOK_WEIGHTS) -> None:
         names = {id(module): name for name, module in model.named_modules()}
-        weights = [entry for entry in trained_weights(model) if not isinstance(getattr(entry[0], entry[1]), DTensor)]
+        weights = [entry for entry in trained_weights(model) if not is_sharded(getattr(entry[0], entry[1]))]
         each = num_weights // max(1, len(weights))
         with torch.no_grad():
             self._probes = {
