@@ -39,7 +39,8 @@ class TeacherDataStore:
         folder: where to write; `None` keeps the rows in memory alone.
         identity: what the rows depend on: settings, fingerprints, number of prompts. Plain values.
         provenance: what else is worth knowing about them; noted for every start.
-        batch_size: rows that are generated together; a batch that is not whole is generated again.
+        window: rows that are generated together; a window that is not whole is generated again.
+        ids: the prompts whose rows these are, in order; all of them by default.
 
     Raises:
         ConfigError: the folder holds rows of something else; the differences are named.
@@ -47,10 +48,16 @@ class TeacherDataStore:
     """
 
     def __init__(
-        self, folder: Path | None, identity: Mapping[str, Any], provenance: Mapping[str, Any], batch_size: int
+        self,
+        folder: Path | None,
+        identity: Mapping[str, Any],
+        provenance: Mapping[str, Any],
+        window: int,
+        *,
+        ids: Sequence[int] | None = None,
     ) -> None:
         self.folder = folder
-        self.num_prompts: int = identity["num_prompts"]
+        self.ids = range(identity["num_prompts"]) if ids is None else ids
         self.rows: list[Row] = []
         if folder is None:
             return
@@ -61,9 +68,9 @@ class TeacherDataStore:
             manifest = {"format_version": MANIFEST_VERSION, **identity, "sessions": []}
         _check_identity(folder, manifest, identity)
         if (folder / DATA_NAME).exists():
-            self.rows = _read_rows(folder / DATA_NAME, self.num_prompts)
+            self.rows = _read_rows(folder / DATA_NAME, self.ids)
             return
-        self.rows = _recover(folder / PART_NAME, self.num_prompts, batch_size)
+        self.rows = _recover(folder / PART_NAME, self.ids, window)
         manifest["sessions"].append({"first_prompt": len(self.rows), **provenance})
         write_text(folder / MANIFEST_NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
 
@@ -100,33 +107,54 @@ def read_finished(folder: Path) -> list[Row]:
             f"{folder} must be complete: got {done} of {count} rows. Call generate_teacher_data() with the same "
             "arguments and output_dir to go on."
         )
-    return _read_rows(folder / DATA_NAME, count)
+    return _read_rows(folder / DATA_NAME, range(count))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether all rows of a folder are there."""
+    return (folder / DATA_NAME).exists()
+
+
+def write_finished(
+    folder: Path, identity: Mapping[str, Any], provenance: Mapping[str, Any], rows: Sequence[Row]
+) -> None:
+    """Write a complete folder at once; two processes that do so at the same time write the same.
+
+    Args:
+        folder: where to.
+        identity: what the rows depend on.
+        provenance: what else is worth knowing.
+        rows: all of them, in order.
+    """
+    manifest = {"format_version": MANIFEST_VERSION, **identity, "sessions": [{"first_prompt": 0, **provenance}]}
+    write_text(folder / MANIFEST_NAME, json.dumps(manifest, indent=1, sort_keys=True) + "\n")
+    write_text(folder / DATA_NAME, b"".join(map(_line, rows)).decode())
 
 
 def _line(row: Row) -> bytes:
     return json.dumps(row, ensure_ascii=False).encode() + b"\n"
 
 
-def _recover(path: Path, num_prompts: int, batch_size: int) -> list[Row]:
-    """Read what a killed run left, and cut the file back to whole batches."""
+def _recover(path: Path, ids: Sequence[int], window: int) -> list[Row]:
+    """Read what a killed run left, and cut the file back to whole windows."""
     if not path.exists():
         return []
-    entries = _parse_file(path, may_be_torn=True)
-    keep = len(entries) if len(entries) == num_prompts else len(entries) // batch_size * batch_size
+    entries = _parse_file(path, ids, may_be_torn=True)
+    keep = len(entries) if len(entries) == len(ids) else len(entries) // window * window
     with path.open("r+b") as file:
         file.truncate(sum(len(line) for _, line in entries[:keep]))
         os.fsync(file.fileno())
     return [row for row, _ in entries[:keep]]
 
 
-def _read_rows(path: Path, num_prompts: int) -> list[Row]:
-    rows = [row for row, _ in _parse_file(path, may_be_torn=False)]
-    if len(rows) != num_prompts:
-        raise CheckpointError(f"{path} must hold {num_prompts} rows: got {len(rows)}. {_DELETE}")
+def _read_rows(path: Path, ids: Sequence[int]) -> list[Row]:
+    rows = [row for row, _ in _parse_file(path, ids, may_be_torn=False)]
+    if len(rows) != len(ids):
+        raise CheckpointError(f"{path} must hold {len(ids)} rows: got {len(rows)}. {_DELETE}")
     return rows
 
 
-def _parse_file(path: Path, *, may_be_torn: bool) -> list[tuple[Row, bytes]]:
+def _parse_file(path: Path, ids: Sequence[int], *, may_be_torn: bool) -> list[tuple[Row, bytes]]:
     """Every row with its line; a last line that cannot be read is dropped if it may be torn."""
     entries: list[tuple[Row, bytes]] = []
     lines = path.read_bytes().splitlines(keepends=True)
@@ -134,7 +162,7 @@ def _parse_file(path: Path, *, may_be_torn: bool) -> list[tuple[Row, bytes]]:
         row = _parse(line)
         if row is None and may_be_torn and index == len(lines) - 1:
             break
-        if row is None or row["prompt_id"] != index:
+        if row is None or index >= len(ids) or row["prompt_id"] != ids[index]:
             found = "what cannot be read" if row is None else f"prompt {row['prompt_id']}"
             raise CheckpointError(
                 f"{path} must hold one row per line, in order: got {found} in line {index + 1}. The disk may be "

@@ -1,4 +1,4 @@
-"""Distil a model on one or many devices, and pack it: the same script under every launcher and config beside it.
+r"""Distil a model on one or many devices, and pack it: the same script under every launcher and config beside it.
 
     accelerate launch --config_file examples/distributed/one_node_fsdp2.yaml \\
         examples/distributed/train.py --model MODEL --text FILE --output FOLDER

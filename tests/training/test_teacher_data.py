@@ -23,6 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from bitdistiller_peft import BitDistillerConfig, BitDistillerQuantConfig, get_bitdistiller_model
 from bitdistiller_peft.errors import CheckpointError, ConfigError, DataError, StateError, TrainingError
 from bitdistiller_peft.training import data as data_module
+from bitdistiller_peft.training import teacher_data_engines as engines
 from bitdistiller_peft.training.data import generate_teacher_data, load_teacher_data
 from bitdistiller_peft.training.fingerprints import fingerprint_weights
 from bitdistiller_peft.training.teacher_data_prompts import prepare_prompts
@@ -462,7 +463,7 @@ def test_damage_to_a_finished_file_is_never_repaired_silently(model, tokenizer, 
 def test_ctrl_c_leaves_a_folder_that_goes_on(model, tokenizer, tmp_path, monkeypatch, caplog) -> None:
     expected = generate(model, tokenizer).to_list()
     calls: list[int] = []
-    real = data_module.answer_batch
+    real = engines.answer_batch
 
     def interrupted(*args):
         calls.append(1)
@@ -470,7 +471,7 @@ def test_ctrl_c_leaves_a_folder_that_goes_on(model, tokenizer, tmp_path, monkeyp
             raise KeyboardInterrupt
         return real(*args)
 
-    monkeypatch.setattr(data_module, "answer_batch", interrupted)
+    monkeypatch.setattr(engines, "answer_batch", interrupted)
     with caplog.at_level(logging.WARNING), pytest.raises(KeyboardInterrupt):
         generate(model, tokenizer, output_dir=tmp_path)
     assert "6 of 7 rows are in" in caplog.text
