@@ -16,9 +16,9 @@ from bitdistiller_peft.calibration.blockwise import reconstruct
 from bitdistiller_peft.calibration.gptq_sweep import GptqSweep, check_learned_scales
 from bitdistiller_peft.calibration.options import AwqOptions, BlockwiseOptions, ClipOptions, GptqOptions, make_options
 from bitdistiller_peft.calibration.progress import Progress
-from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult, LayerReport
+from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult
 from bitdistiller_peft.calibration.slots import Display, Slot, find_student
-from bitdistiller_peft.calibration.sweep import Sweep, segments
+from bitdistiller_peft.calibration.sweep import Sweep, result_of, segments
 from bitdistiller_peft.calibration.texts import batches_of, check_length, fingerprint, token_windows
 from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.kernels import LOAD_IN_FP32, warn_of_slow_bf16
@@ -115,7 +115,7 @@ def calibrate(
             bar.update()
 
         sweep, blocks = _run(base, slots, batches, chosen, advance, progress)
-    result = _result(sweep, slots, blocks, method, windows)
+    result = result_of(sweep, {slot.name: slot.spec.to_dict() for slot in slots}, blocks, method, windows)
     if output_path is not None:
         result.save(output_path)
     seen = result.data["tokens_sha256"] if chosen.needs_text else None
@@ -159,18 +159,3 @@ def _run(
             display.clear()
     sweep.apply(slots)
     return sweep, []
-
-
-def _result(
-    sweep: Sweep, slots: list[Slot], blocks: list[BlockReport], method: str, windows: Tensor
-) -> CalibrationResult:
-    by_name = {slot.name: slot for slot in slots}
-    findings = sweep.findings
-    reports = [
-        LayerReport(name, f.error_before, f.error_after, f.shrink_low, f.shrink_high, f.seconds, f.note)
-        for name, f in findings.items()
-    ]
-    ranges = {n: (f.low, f.high) for n, f in findings.items() if f.low is not None and f.high is not None}
-    data = {"num_samples": windows.shape[0], "seq_len": windows.shape[1], "tokens_sha256": fingerprint(windows)}
-    specs = {name: by_name[name].spec.to_dict() for name in ranges}
-    return CalibrationResult(method, reports, ranges, specs, data, blocks, sweep.options.clip_weights)

@@ -201,10 +201,19 @@ def find_student(model: nn.Module) -> tuple[nn.Module, list[Slot]]:
     layers = tuner.student_layers()
     if not layers:
         raise StateError("`model` must hold trained layers: got none. It was packed, merged or unloaded before.")
-    return tuner.model, [slot for name, layer in layers for slot in _slots(name, layer)]
+    return tuner.model, [slot for name, layer in layers for slot in slots_of(name, layer)]
 
 
-def _slots(name: str, layer: BitDistillerLayer) -> Iterator[Slot]:
+def slots_of(name: str, layer: BitDistillerLayer) -> Iterator[Slot]:
+    """The quantized parameters of one layer.
+
+    Args:
+        name: of the layer.
+        layer: its overlay.
+
+    Raises:
+        StateError: its student is not in force, not in memory, or trained already.
+    """
     if layer.merged:
         raise StateError(f"the adapter must not be merged: layer {name!r} is. Call unmerge_adapter() first.")
     if layer.disable_adapters:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from bitdistiller_peft.calibration.blocks import BlockRunner, run_model
 from bitdistiller_peft.calibration.capture import Stage, capture, find_stages
 from bitdistiller_peft.calibration.clip import group_width, search_range
 from bitdistiller_peft.calibration.options import ClipOptions
+from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult, LayerReport
 from bitdistiller_peft.calibration.slots import Display, Slot
+from bitdistiller_peft.calibration.texts import fingerprint
 
 logger = logging.getLogger(__name__)
 
@@ -221,7 +224,7 @@ def segments(model: nn.Module, slots: list[Slot], batches: Sequence[Tensor], swe
     outside = sweep.search(Segment("before the blocks", outside, lambda index: runner.run_before(batches[index])))
     hidden = runner.record(batches)
     for number in blocks_to_visit(by_block, outside):
-        block = Segment(runner.names[number], by_block[number], partial(_run_block, runner, number, hidden))
+        block = Segment(runner.names[number], by_block[number], partial(run_block, runner, number, hidden))
         sweep.give_up(sweep.search(block))
         with torch.no_grad():
             for index, states in enumerate(hidden):
@@ -232,7 +235,38 @@ def segments(model: nn.Module, slots: list[Slot], batches: Sequence[Tensor], swe
     yield outside
 
 
-def _run_block(runner: BlockRunner, number: int, hidden: list[Tensor], index: int) -> Tensor:
+def result_of(
+    sweep: Sweep, specs: Mapping[str, dict[str, Any]], blocks: list[BlockReport], method: str, windows: Tensor
+) -> CalibrationResult:
+    """What a sweep has found, for the user.
+
+    Args:
+        sweep: it is over.
+        specs: how each slot is quantized, by name.
+        blocks: reports of trained blocks.
+        method: its name.
+        windows: token ids ``[samples, seq_len]``.
+    """
+    findings = sweep.findings
+    reports = [
+        LayerReport(name, f.error_before, f.error_after, f.shrink_low, f.shrink_high, f.seconds, f.note)
+        for name, f in findings.items()
+    ]
+    ranges = {n: (f.low, f.high) for n, f in findings.items() if f.low is not None and f.high is not None}
+    data = {"num_samples": windows.shape[0], "seq_len": windows.shape[1], "tokens_sha256": fingerprint(windows)}
+    used = {name: specs[name] for name in ranges}
+    return CalibrationResult(method, reports, ranges, used, data, blocks, sweep.options.clip_weights)
+
+
+def run_block(runner: BlockRunner, number: int, hidden: list[Tensor], index: int) -> Tensor:
+    """Run one block on one of the kept hidden states.
+
+    Args:
+        runner: of the model.
+        number: which block.
+        hidden: the hidden states that enter it, by batch.
+        index: which batch.
+    """
     return runner.run(number, index, hidden[index])
 
 

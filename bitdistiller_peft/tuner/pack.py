@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ from bitdistiller_peft.tuner.whole import is_in_parts, whole_copy
 
 
 @dataclass(frozen=True)
-class _Packed:
+class Packed:
     """One packed parameter, ready to be put in place."""
 
     layer_name: str
@@ -70,30 +70,41 @@ def pack_model(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]], *,
         WeightError, ScaleRangeError: a trained tensor cannot be packed; the layer is named, the model unchanged.
     """
     _check_in_force(layers)
-    packed = []
+    packed: list[Packed] = []
     for name, layer in tqdm(layers, desc="Packing", disable=not progressbar, unit="layer"):
-        packed += [_pack_parameter(name, layer, parameter) for parameter in layer.parameter_names]
-        _return_freed_memory()
+        packed += pack_layer(name, layer)
+        return_freed_memory()
     base_model, noted = _base_model_name(model), _noted(model, layers)
     tied = [name for name, module in model.named_modules() if isinstance(module, BitDistillerTiedHead)]
     if is_in_parts(model):
         left_out = [f"{entry.layer_name}.{entry.parameter}" for entry in packed]
         model = whole_copy(model, left_out, layers[0][1].active_name)
     for entry in packed:
-        _put_in_place(model, entry)
-    _return_freed_memory()
+        put_in_place(model, entry)
+    return_freed_memory()
     _pack_tied_heads(model, tied, packed)
     _unwrap_saved_modules(model)
     if hasattr(model, "peft_config"):
         del model.peft_config
     model.requires_grad_(False) if not packed else _freeze(model)
-    if isinstance(model, PreTrainedModel):
-        widths = {f"{entry.layer_name}.{entry.parameter}": entry.in_features for entry in packed}
-        as_quantized(model, _quant_config(model, packed, base_model, noted), widths)
+    describe_packed(model, packed, {"base_model": base_model, **noted})
     return model
 
 
-def _return_freed_memory() -> None:
+def describe_packed(model: nn.Module, packed: Sequence[Packed], provenance: Mapping[str, Any]) -> None:
+    """Make a model whose layers were packed save and load as such.
+
+    Args:
+        model: the model; nothing happens unless it is a transformers model.
+        packed: all of its packed parameters.
+        provenance: where they come from.
+    """
+    if isinstance(model, PreTrainedModel):
+        widths = {f"{entry.layer_name}.{entry.parameter}": entry.in_features for entry in packed}
+        as_quantized(model, _quant_config(model, packed, provenance), widths)
+
+
+def return_freed_memory() -> None:
     """Give freed blocks back to the system, where the C library can (glibc).
 
     The codes that stay are small and lie between the large temporaries of every layer, so that the holes are not used
@@ -118,8 +129,21 @@ def _check_in_force(layers: list[tuple[str, BitDistillerLayer]]) -> None:
             )
 
 
+def pack_layer(name: str, layer: BitDistillerLayer) -> list[Packed]:
+    """Make the codes of a layer; nothing is replaced yet.
+
+    Args:
+        name: of the layer.
+        layer: an overlay, its student in force.
+
+    Raises:
+        WeightError, ScaleRangeError: a trained tensor cannot be packed; the layer is named.
+    """
+    return [_pack_parameter(name, layer, parameter) for parameter in layer.parameter_names]
+
+
 @torch.no_grad()
-def _pack_parameter(name: str, layer: BitDistillerLayer, parameter: str) -> _Packed:
+def _pack_parameter(name: str, layer: BitDistillerLayer, parameter: str) -> Packed:
     student = layer.active_student(parameter)
     if student is None:
         raise StateError(f"the active adapter must cover layer {name!r}.")
@@ -136,7 +160,7 @@ def _pack_parameter(name: str, layer: BitDistillerLayer, parameter: str) -> _Pac
         raise WeightError(f"the gains of a SubLN must be finite: got NaN or Inf in layer {name!r}.")
     inputs = InputSpec(layer.activation_bits[adapter_name], None if norm is None else norm.eps)
     tensors, is_embedding = packed_tensors(codes, params, spec), isinstance(layer, BitDistillerEmbedding)
-    return _Packed(name, parameter, spec, codes.shape[-1], tensors, inputs, norm, is_embedding)
+    return Packed(name, parameter, spec, codes.shape[-1], tensors, inputs, norm, is_embedding)
 
 
 def _copied(norm: SubLN) -> SubLN:
@@ -145,7 +169,13 @@ def _copied(norm: SubLN) -> SubLN:
     return copy
 
 
-def _put_in_place(model: nn.Module, entry: _Packed) -> None:
+def put_in_place(model: nn.Module, entry: Packed) -> None:
+    """Replace a layer, or its overlay, by the packed one.
+
+    Args:
+        model: the model that holds it.
+        entry: one of its parameters.
+    """
     layer = model.get_submodule(entry.layer_name)
     if entry.is_embedding:
         table = layer.base_layer if isinstance(layer, BitDistillerEmbedding) else layer
@@ -168,7 +198,7 @@ def _put_in_place(model: nn.Module, entry: _Packed) -> None:
     model.set_submodule(entry.layer_name, experts)
 
 
-def _pack_tied_heads(model: nn.Module, heads: list[str], packed: list[_Packed]) -> None:
+def _pack_tied_heads(model: nn.Module, heads: list[str], packed: list[Packed]) -> None:
     tables = {entry.layer_name for entry in packed if entry.is_embedding}
     for name in heads:
         head = model.get_submodule(name)
@@ -217,9 +247,7 @@ def _noted(model: nn.Module, layers: list[tuple[str, BitDistillerLayer]]) -> dic
     return dict(configs[active[0]].provenance) if active and active[0] in configs else {}
 
 
-def _quant_config(
-    model: nn.Module, packed: list[_Packed], base_model: str | None, noted: dict[str, Any]
-) -> BitDistillerQuantConfig:
+def _quant_config(model: nn.Module, packed: Sequence[Packed], provenance: Mapping[str, Any]) -> BitDistillerQuantConfig:
     """The config that describes exactly these layers: the commonest spec, and overrides for the rest."""
     by_layer = {entry.layer_name: entry.spec for entry in packed}
     specs = list(by_layer.values())
@@ -244,5 +272,5 @@ def _quant_config(
             for name, spec in by_layer.items()
             if spec != common
         },
-        provenance={"base_model": base_model, **noted},
+        provenance=dict(provenance),
     )
