@@ -12,7 +12,6 @@ import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -218,7 +217,7 @@ def _read(base: PreTrainedModel, block: _Block, config: BitDistillerConfig) -> l
             if parameter.is_meta:  # copied: else the whole file would stay mapped for it
                 values = hook.weights_map[name].to(place, copy=True)
                 module._parameters[name] = nn.Parameter(values, requires_grad=False)
-    remove_hook_from_submodules(whole)
+    _unhook(whole)
     layers = []
     for name in block.targets:
         layer = overlay(base.get_submodule(name))
@@ -234,8 +233,14 @@ def _read(base: PreTrainedModel, block: _Block, config: BitDistillerConfig) -> l
     return layers
 
 
+def _unhook(module: nn.Module) -> None:
+    """Take accelerate's hooks off; the forward that it leaves on every instance would hide that of a packed class."""
+    remove_hook_from_submodules(module)
+    for inner in module.modules():
+        inner.__dict__.pop("forward", None)
+
+
 def _forget_disk(base: PreTrainedModel) -> None:
     """Make an ordinary model of it: nothing is on disk any more."""
-    remove_hook_from_submodules(base)
-    for name in ("hf_device_map", "_hf_hook"):
-        base.__dict__.pop(name, None)
+    _unhook(base)
+    base.__dict__.pop("hf_device_map", None)

@@ -19,6 +19,7 @@ from bitdistiller_peft.layers import (
     PackedLinear,
     iter_quantized,
     packed_layout,
+    whole_shape,
 )
 from bitdistiller_peft.quantizers import QuantSpec
 
@@ -196,9 +197,10 @@ def quant_summary(model: nn.Module) -> QuantSummary:
         if id(parameter) not in counted and not _is_left_behind(model, full_name):
             width = parameter.element_size() * 8
             kind = (str(parameter.dtype).removeprefix("torch."), width, "", "full precision")
-            _add(plain[kind], parameter.numel(), parameter.numel() * width)
+            count = _numel(whole_shape(parameter))
+            _add(plain[kind], count, count * width)
             entry = parts[tables.get(id(parameter)) or plain_part(full_name)]
-            entry[0], entry[1] = entry[0] + parameter.numel(), entry[1] + parameter.numel() * width
+            entry[0], entry[1] = entry[0] + count, entry[1] + count * width
     merged = {**dict(sorted(quantized.items())), **dict(sorted(plain.items()))}
     found = tuple(PartSize(part, *parts[part]) for part in PARTS if part in parts and parts[part][1])
     return QuantSummary(tuple(SummaryRow(*kind, *counts) for kind, counts in merged.items()), device, found)
@@ -267,7 +269,7 @@ def _dense_shape(module: nn.Module, name: str) -> tuple[int, ...]:
         return (table.num_embeddings, table.embedding_dim)
     if isinstance(module, PackedExperts):
         return (*weight.shape[:-1], module.in_features[name])
-    return tuple(weight.shape)
+    return whole_shape(weight)
 
 
 def _overlay(model: nn.Module, module_name: str) -> tuple[nn.Module | None, str]:

@@ -43,7 +43,7 @@ from bitdistiller_peft.layers.inputs import (
 from bitdistiller_peft.layers.kept import KeptValues
 from bitdistiller_peft.layers.low_rank import has_update, latent_weight
 from bitdistiller_peft.layers.packed import PackedLinear
-from bitdistiller_peft.layers.shards import gathered, is_sharded, unsharded, whole
+from bitdistiller_peft.layers.shards import gathered, is_sharded, unsharded, whole, whole_shape
 from bitdistiller_peft.layers.sub_norm import SUBLN_EPS, SUBLN_PLACEMENTS, SubLN, check_subln
 
 __all__ = [
@@ -97,4 +97,5 @@ __all__ = [
     "unsharded",
     "weight_dtype",
     "whole",
+    "whole_shape",
 ]

@@ -19,6 +19,11 @@ def is_sharded(tensor: Tensor) -> bool:
     return isinstance(tensor, DTensor) or hasattr(tensor, _ZERO_MARK)
 
 
+def whole_shape(tensor: Tensor) -> tuple[int, ...]:
+    """The shape that a tensor has when it is whole."""
+    return tuple(getattr(tensor, "ds_shape", tensor.shape))
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A `DTensor` put together, differentiable; any other tensor as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -26,18 +31,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def gathered(parameters: Iterable[Tensor]) -> Iterator[None]:
-    """Fill what ZeRO-3 has emptied for the time being; nothing happens to other parameters.
+    """Fill what ZeRO-3 has emptied for the time being; nothing happens to other parameters, or to filled ones.
 
     Args:
         parameters: of one model. They must not be written.
     """
-    emptied = [parameter for parameter in parameters if hasattr(parameter, _ZERO_MARK)]
+    emptied = [parameter for parameter in parameters if hasattr(parameter, _ZERO_MARK) and not parameter.numel()]
     if not emptied:
         yield
         return
-    from deepspeed.zero import GatheredParameters
+    import deepspeed
 
-    with GatheredParameters(emptied):
+    with deepspeed.zero.GatheredParameters(emptied):
         yield
 
 

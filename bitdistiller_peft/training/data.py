@@ -40,8 +40,8 @@ from bitdistiller_peft.training.teacher_data_prompts import (
     prepare_prompts,
 )
 from bitdistiller_peft.training.teacher_data_sampling import Answer, Sampling
-from bitdistiller_peft.training.teacher_data_shards import Shard, put_together, resolve_shard
-from bitdistiller_peft.training.teacher_data_store import Row, TeacherDataStore, is_finished, read_finished
+from bitdistiller_peft.training.teacher_data_shards import put_together, resolve_shard
+from bitdistiller_peft.training.teacher_data_store import Row, TeacherDataStore, read_finished
 from bitdistiller_peft.tuner import BitDistillerLayer, full_precision
 
 logger = logging.getLogger(__name__)
@@ -131,8 +131,6 @@ def generate_teacher_data(
     teacher = model if isinstance(model, str) else _checked(model)
     check_lengths(prepared, max_new_tokens, context_of(teacher))
     identity = _identity(teacher, tokenizer, prepared, sampling, engine)
-    if folder is not None and part.count > 1 and is_finished(folder):
-        part = Shard()  # all is there, whoever wrote it
     where, mine = None if folder is None else part.folder(folder), part.of(prepared)
     window = window_of(engine, sampling)
     store = TeacherDataStore(where, identity, _provenance(teacher), window, ids=part.ids(len(prepared)))

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
@@ -41,6 +42,7 @@ def output_head(model: PreTrainedModel) -> Head:
     module = model.get_output_embeddings()
     if module is None:
         raise ConfigError(f"the model must have an output embedding: got {type(model).__name__}. Use a causal LM.")
+    _unshard_trained(module)
     weight, bias = _effective(module)
     config = model.config.get_text_config()
     cap = getattr(config, "final_logit_softcapping", None)
@@ -76,6 +78,17 @@ def _effective(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight, bias
 
 
+def _unshard_trained(module: nn.Module) -> None:
+    """Fill a trained head that FSDP2 shards by itself: nobody calls it, so its own hook never does.
+
+    The gradient is reduced with the last ones of the backward pass, as that of a unit without inputs.
+    """
+    if torch.is_grad_enabled() and any(p.requires_grad and isinstance(p, DTensor) for p in module.parameters()):
+        for unit in module.modules():
+            if isinstance(unit, FSDPModule):
+                unit.unshard()
+
+
 def _together(tensor: Tensor) -> Tensor:
     """A tensor as every process needs it: what is sharded put together, and kept when the forward pass ends."""
     if not is_sharded(tensor):
@@ -85,7 +98,7 @@ def _together(tensor: Tensor) -> Tensor:
             return whole(tensor.detach()).clone()
     if isinstance(tensor, DTensor):  # FSDP would not add up the gradients of the processes
         raise ConfigError(
-            "a trained output head must be sharded together with the last norm: it is a unit of its own. Use "
-            "auto_wrap_policy TRANSFORMER_BASED_WRAP, or leave the head untrained."
+            "a trained output head must be a unit of FSDP, or lie in that of the last norm: it lies in another one. "
+            "Use auto_wrap_policy TRANSFORMER_BASED_WRAP, or leave the head untrained."
         )
     return tensor  # ZeRO-3 has gathered it for the forward pass of its engine

@@ -156,7 +156,7 @@ def _in_zero3(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     """Hand the teacher to an engine of its own, which has parameters, gathered layer by layer, and nothing else."""
     import deepspeed
 
-    stage = {"stage": 3, **_offload_of(accelerator)}
+    stage = {**_sharing_of(accelerator), "stage": 3}
     dtype = next(teacher.parameters()).dtype
     engine, *_ = deepspeed.initialize(
         model=teacher,
@@ -170,10 +170,10 @@ def _in_zero3(teacher: nn.Module, accelerator: Accelerator) -> nn.Module:
     return engine
 
 
-def _offload_of(accelerator: Accelerator) -> dict[str, Any]:
-    """Where the student's parameters are offloaded to, the teacher's are too."""
+def _sharing_of(accelerator: Accelerator) -> dict[str, Any]:
+    """How the student's parameters are offloaded and kept, so are the teacher's."""
     zero = accelerator.state.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
-    return {name: zero[name] for name in ("offload_param",) if name in zero}
+    return {k: v for k, v in zero.items() if v != "auto" and (k == "offload_param" or k.startswith("stage3_"))}
 
 
 def zero_stage(accelerator: Accelerator) -> int:

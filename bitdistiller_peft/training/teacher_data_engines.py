@@ -33,6 +33,7 @@ from bitdistiller_peft.training.teacher_data_sampling import Answer, GumbelSampl
 STATIC, CONTINUOUS, VLLM = "static", "continuous", "vllm"
 ENGINES = (STATIC, CONTINUOUS, VLLM)
 _BATCHES_PER_WINDOW = 16
+_CPU_BATCH_TOKENS = 256
 _VLLM_SEEDS = 1 << 62
 
 
@@ -86,12 +87,8 @@ class ContinuousBatches(Engine):
             do_sample=False,
             eos_token_id=self._stop_ids or -1,
         )
-        # the noise is drawn on the host, which neither CUDA graphs nor batches in flight allow
-        batching = ContinuousBatchingConfig(
-            max_requests_per_batch=self._sampling.batch_size, use_cuda_graph=False, use_async_batching=False
-        )
         with without_generation_defaults(self._model), _processors(self._model, [noise]):
-            manager = self._model.init_continuous_batching(config, batching)
+            manager = self._model.init_continuous_batching(config, self._batching(prompts))
             manager.logit_processor.tensors_required = 1  # counted only for processors that transformers converts
             try:
                 manager.start()
@@ -101,6 +98,20 @@ class ContinuousBatches(Engine):
                 manager.stop(block=True)
                 manager.destroy()
         return [Answer(*cut_at_stop(found[name], self._stop_ids)) for name in names]
+
+    def _batching(self, prompts: Sequence[Prompt]) -> ContinuousBatchingConfig:
+        """Room for as many answers as are wanted at once, not all the memory there is."""
+        longest = max(len(prompt.ids) for prompt in prompts) + self._sampling.max_new_tokens
+        config = ContinuousBatchingConfig(
+            max_requests_per_batch=self._sampling.batch_size,
+            # the noise is drawn on the host, which neither CUDA graphs nor batches in flight allow
+            use_cuda_graph=False,
+            use_async_batching=False,
+        )
+        config.num_blocks = self._sampling.batch_size * (2 + longest // config.page_size)
+        if self._model.device.type == "cpu":  # a mask of the square of it is filled on every step
+            config.max_batch_tokens = _CPU_BATCH_TOKENS + self._sampling.batch_size
+        return config
 
     def _collect(self, manager: Any, count: int) -> dict[str, list[int]]:
         found: dict[str, list[int]] = {}

@@ -60,7 +60,8 @@ def resolve_shard(shard: tuple[int, int] | None, folder: Path | None) -> Shard:
         raise ConfigError(f"`shard` must be an index below a count: got shard={shard!r}. Use (0, 4) to (3, 4).")
     if count > 1 and folder is None:
         raise ConfigError(f"`output_dir` must be given to {count} processes: got None. Use a folder that all can see.")
-    found = Shard(index, count)
+    if folder is not None and is_finished(folder):
+        return Shard()  # all is there, whoever wrote it
     if folder is not None and folder.is_dir():
         others = [path.name for path in folder.glob("shard-*") if not path.name.endswith(f"-of-{count:05d}")]
         if others:
@@ -68,7 +69,7 @@ def resolve_shard(shard: tuple[int, int] | None, folder: Path | None) -> Shard:
                 f"`output_dir` must be written by as many processes as began it: got {count}, and {folder} has "
                 f"{others[0]}. Start as many again, or choose another output_dir."
             )
-    return found
+    return Shard(index, count)
 
 
 def put_together(

@@ -1,4 +1,4 @@
-"""A model that stays on disk is calibrated and packed to the very codes of one in memory, in less memory than it has."""
+"""A model that stays on disk is packed to the very codes of one in memory, in less memory than it has."""
 
 from __future__ import annotations
 

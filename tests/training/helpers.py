@@ -11,6 +11,7 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import PeftModel
+from peft.utils.integrations import gather_params_ctx
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.distributions import Categorical, kl_divergence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -49,7 +50,9 @@ def base(folder: Path, name: str = "llama", dtype: torch.dtype = torch.float32, 
     """A fresh full-precision model; a head of its own is scaled up, since a random one has next to no opinion."""
     model = tiny.load(tiny.save_base(name, folder, seed=seed, dtype=dtype))
     if not model.config.tie_word_embeddings:
-        model.get_output_embeddings().weight.data.mul_(20)
+        head = model.get_output_embeddings().weight
+        with gather_params_ctx(head):  # under ZeRO-3, it was loaded in parts
+            head.data.mul_(20)
     return model
 
 

@@ -87,9 +87,10 @@ def sharding(mode: str) -> dict[str, Any]:
         return {"fsdp": True, "fsdp_config": layer | kept}
     if kind.startswith("zero"):
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
-        stage = {"stage": int(kind[-1])}
-        if kind == "zero3":
-            stage |= {"stage3_gather_16bit_weights_on_model_save": True, "stage3_param_persistence_threshold": 0}
+        stage: dict[str, Any] = {"stage": int(kind[-1])}
+        if kind == "zero3":  # these models are so small that ZeRO would keep them whole
+            kept = ("param_persistence_threshold", "max_live_parameters", "max_reuse_distance")
+            stage |= {"stage3_gather_16bit_weights_on_model_save": True, **{f"stage3_{name}": 0 for name in kept}}
         return {"deepspeed": {**ZERO, "zero_optimization": stage}}
     return {}
 
@@ -126,18 +127,35 @@ def build(job: Job, folder: Path, bases: Path) -> DistillTrainer:
         **sharding(job.mode),
         **job.settings,
     }
-    return helpers.trainer(
+    args = helpers.config(folder, **settings)
+    if job.mode == "zero3":  # from now on, models are loaded in parts; transformers itself does so on a GPU only
+        import deepspeed
+
+        deepspeed.init_distributed(args.ddp_backend or "gloo")
+    return DistillTrainer(
         helpers.student(bases, job.base, **job.student),
-        folder,
-        data=data(),
-        eval_data=evaluation(),
+        args,
         teacher=helpers.base(bases, job.base, seed=1) if job.teacher == "separate" else None,
-        **settings,
+        train_dataset=data(),
+        eval_dataset=evaluation(),
+        processing_class=helpers.tokenizer(),
     )
 
 
+def check_launched(run: DistillTrainer, job: Job) -> None:
+    """Refuse a run that was not spread as it was asked; it would pass for the wrong reason."""
+    if run.accelerator.num_processes == 1:
+        return
+    if job.mode.startswith("zero") and run.model_wrapped.zero_optimization_stage() != int(job.mode[-1]):
+        raise SystemExit("DeepSpeed is not at work")
+    if job.mode not in ("ddp", "zero2"):
+        check_sharded(run.model, job.mode)
+        if job.teacher == "separate":
+            check_sharded(run.teacher.model, job.mode)
+
+
 def check_sharded(model: torch.nn.Module, mode: str) -> None:
-    """Refuse a run that was not sharded after all; it would pass for the wrong reason."""
+    """Refuse a model that this process holds whole."""
     parts = [name for name, parameter in model.named_parameters() if is_part(parameter, mode)]
     layers = [name for name, _ in model.named_parameters() if ".layers." in name]
     if not layers or not set(layers) <= set(parts):
@@ -162,10 +180,7 @@ def run_once(job: Job, folder: Path, bases: Path, resume: str | None) -> tuple[D
     run = build(job, folder, bases)
     run.train(resume_from_checkpoint=resume)
     run.evaluate()
-    if run.accelerator.num_processes > 1 and job.mode not in ("ddp", "zero2"):
-        check_sharded(run.model, job.mode)
-        if job.teacher == "separate":
-            check_sharded(run.teacher.model, job.mode)
+    check_launched(run, job)
     return run, {key: helpers.history(run, key) for key in KEYS}
 
 
