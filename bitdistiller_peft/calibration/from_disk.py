@@ -31,7 +31,7 @@ from bitdistiller_peft.errors import BitDistillerError, ConfigError, add_locatio
 from bitdistiller_peft.hub.convert import convertible
 from bitdistiller_peft.hub.projections import check_projections
 from bitdistiller_peft.tuner import BitDistillerConfig, BitDistillerLayer
-from bitdistiller_peft.tuner.layer import overlay
+from bitdistiller_peft.tuner.overlays import overlay
 from bitdistiller_peft.tuner.pack import Packed, describe_packed, pack_layer, put_in_place
 from bitdistiller_peft.tuner.targets import check_engine, is_target, resolve_targets
 
@@ -102,6 +102,11 @@ def pack_from_disk(
         )
     chosen: Any = make_options(method, options)
     config = copy.deepcopy(BitDistillerConfig() if config is None else config)
+    if config.embedding_bits is not None or config.head_bits is not None:
+        raise ConfigError(
+            "`embedding_bits` and `head_bits` must be None for a model that stays on disk: got "
+            f"{config.embedding_bits} and {config.head_bits}. Only the layers of its blocks are packed."
+        )
     windows = token_windows(texts, tokenizer, num_samples, seq_len)
     with tempfile.TemporaryDirectory(dir=scratch_dir) as scratch, torch.no_grad():
         base, list_name = _on_disk(str(model), scratch, load_kwargs or {})

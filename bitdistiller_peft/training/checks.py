@@ -15,6 +15,7 @@ from bitdistiller_peft.kernels import LOAD_IN_FP32, warn_of_slow_bf16
 from bitdistiller_peft.losses import IGNORE_INDEX
 from bitdistiller_peft.training.config import DistillConfig
 from bitdistiller_peft.training.metrics import trained_weights
+from bitdistiller_peft.tuner.overlays import BitDistillerTiedHead
 
 _SAMPLED_WEIGHTS = 16
 
@@ -150,4 +151,22 @@ def check_whole(args: DistillConfig, *, is_sharded: bool) -> None:
         raise ConfigError(
             f"`on_policy_share` must be 0.0 under FSDP and DeepSpeed: got {args.on_policy_share!r}. The student "
             "samples with whole weights on every device; use data parallelism (DDP)."
+        )
+
+
+def check_tied_tables(model: nn.Module, *, is_sharded: bool) -> None:
+    """Refuse a table that the embedding and the head share where parameters are held in parts.
+
+    Args:
+        model: the student.
+        is_sharded: whether FSDP or ZeRO-3 holds the parameters.
+
+    Raises:
+        ConfigError: there is one: each would compute with it, and one part of FSDP cannot see into another.
+    """
+    tied = [name for name, module in model.named_modules() if isinstance(module, BitDistillerTiedHead)]
+    if is_sharded and tied:
+        raise ConfigError(
+            f"`embedding_bits` must be None under FSDP and ZeRO-3 where embedding and head share a table: got {tied}. "
+            "Use data parallelism (DDP) or zero_stage=2, or leave the table as it is."
         )

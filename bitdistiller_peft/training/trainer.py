@@ -30,6 +30,7 @@ from bitdistiller_peft.training.checks import (
     check_parallelism,
     check_student,
     check_targets,
+    check_tied_tables,
     check_whole,
     warn_of_slow_dtype,
 )
@@ -49,7 +50,7 @@ from bitdistiller_peft.training.interrupts import GracefulStop
 from bitdistiller_peft.training.metrics import FlipCounter, Meter, RunMemory, Stopwatch
 from bitdistiller_peft.training.on_policy import OnPolicy
 from bitdistiller_peft.training.optimizer import QuantizeOnce, split_groups, without_learned
-from bitdistiller_peft.training.placement import build_teacher
+from bitdistiller_peft.training.placement import build_teacher, zero_stage
 from bitdistiller_peft.training.provenance import describe_loss, provenance
 from bitdistiller_peft.training.relations import Relations
 from bitdistiller_peft.training.released import released_gamma, released_targets
@@ -105,6 +106,7 @@ class DistillTrainer(SFTTrainer):
         teacher = args.teacher if teacher is None else teacher
         check_parallelism(self.accelerator)
         check_whole(args, is_sharded=self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        check_tied_tables(self.model, is_sharded=self.is_fsdp_enabled or zero_stage(self.accelerator) == 3)
         base_model = base_model_of(self.model)
         add_distill_forward(base_model)
         self.teacher: Teacher | None = None

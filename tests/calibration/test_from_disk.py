@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from bitdistiller_peft import BitDistillerConfig
 from bitdistiller_peft.calibration import calibrate, pack_from_disk
-from bitdistiller_peft.errors import ConfigError, TargetError
+from bitdistiller_peft.errors import ConfigError
 from tests import tiny
 from tests.calibration.models import IDS, student
 
@@ -64,7 +64,9 @@ def test_what_needs_the_student_in_memory_is_refused(models: Path) -> None:
         pack_from_disk(
             base, None, IDS, config=BitDistillerConfig(**CONFIG, target_modules=["q_proj", "lm_head"]), method="clip"
         )
-    with pytest.raises((ConfigError, TargetError), match="got none"):
+    with pytest.raises(ConfigError, match="got 8 and None"):
+        pack_from_disk(base, None, IDS, config=BitDistillerConfig(**CONFIG, embedding_bits=8))
+    with pytest.raises(ConfigError, match="got none"):
         pack_from_disk(base, None, IDS, config=BitDistillerConfig(**CONFIG, target_modules=["nothing"]))
 
 

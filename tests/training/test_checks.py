@@ -14,7 +14,12 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from bitdistiller_peft.errors import ConfigError, DataError, TrainingError, UnknownNameError
 from bitdistiller_peft.kernels import precision
 from bitdistiller_peft.training import DistillTrainer
-from bitdistiller_peft.training.checks import check_master_dtype, check_parallelism, warn_of_slow_dtype
+from bitdistiller_peft.training.checks import (
+    check_master_dtype,
+    check_parallelism,
+    check_tied_tables,
+    warn_of_slow_dtype,
+)
 from tests.training import helpers
 
 
@@ -118,6 +123,14 @@ def test_splitting_sequences_or_layers_is_refused(kind: str) -> None:
     setattr(Plan, f"{kind}_size", 2)
     with pytest.raises(ConfigError, match=f"{kind}_size=2"):
         check_parallelism(Machine())  # type: ignore[arg-type]
+
+
+def test_a_table_that_two_layers_share_is_refused_in_parts(bases: Path) -> None:
+    shared = helpers.student(bases, "llama-tied", embedding_bits=8)
+    with pytest.raises(ConfigError, match=r"got \['base_model.model.lm_head'\]. Use data parallelism"):
+        check_tied_tables(shared, is_sharded=True)
+    check_tied_tables(shared, is_sharded=False)
+    check_tied_tables(helpers.student(bases, embedding_bits=8), is_sharded=True)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_checkpoint(bases: Path, tmp_path: Path) -> None:

@@ -36,9 +36,10 @@ def student(folder: Path, name: str, **config: Any) -> PeftModel:
         ("llama-tied", {"train_other": "norms"}),
         ("llama", {"train_other": "all"}),
         ("qwen2", {"subln": "output", "grid": "ternary", "group_size": "tensor"}),
+        ("llama-tied", {"embedding_bits": 8}),
         ("qwen3-moe", {}),
     ],
-    ids=["plain", "tied", "trained copies", "norms and biases", "experts"],
+    ids=["plain", "tied", "trained copies", "norms and biases", "tied tables", "experts"],
 )
 def test_a_sharded_student_packs_to_the_same_bytes(tmp_path: Path, name: str, config: dict[str, Any]) -> None:
     student(tmp_path, name, **config).pack_and_unload().save_pretrained(tmp_path / "alone" / "packed")
