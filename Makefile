@@ -11,12 +11,13 @@ TORCH ?= torch==2.13.0
 BIN := .venv/bin
 STAMP := .venv/.installed
 LOWEST := .venv-lowest
+ZERO := .venv-zero
 OFFLINE := HF_HUB_OFFLINE=1 HF_HUB_DISABLE_TELEMETRY=1
 QUIET := OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(OFFLINE)
 PYTEST := $(QUIET) $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := test
-.PHONY: venv test test-all test-lowest nightly mutation mutation-sample audit lint format docs demo demo-quick
+.PHONY: venv test test-all test-lowest test-zero nightly mutation mutation-sample audit lint format docs demo demo-quick
 
 venv: $(STAMP)
 
@@ -43,6 +44,7 @@ test: lint
 
 test-all: lint
 	$(PYTEST) -m "(slow or not slow) and not gpu and not network and not nightly"
+	$(MAKE) test-zero
 	$(MAKE) test-lowest
 
 # The fast tests with the lowest versions that pyproject.toml claims (and the caller's torch), in a venv of their own.
@@ -56,6 +58,17 @@ $(LOWEST)/.installed: pyproject.toml tests/trust/floors.py
 	$(LOWEST)/bin/python tests/trust/floors.py > $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -c "from importlib.metadata import version; print('torch==' + version('torch'))" >> $(LOWEST)/constraints.txt
 	$(LOWEST)/bin/python -m pip install --constraint $(LOWEST)/constraints.txt --editable ".[dev]"
+	touch $@
+
+# DeepSpeed in a venv of its own, over the packages of .venv: where it is installed, every start of transformers pays.
+SITE := -c "import sysconfig; print(sysconfig.get_path('purelib'))"
+test-zero: $(ZERO)/.installed
+	$(QUIET) $(ZERO)/bin/python -m pytest -n 0 -m slow -k zero tests/training/test_distributed.py
+
+$(ZERO)/.installed: $(STAMP)
+	test -x $(ZERO)/bin/python || $(BIN)/python -m venv $(ZERO)
+	$(BIN)/python $(SITE) > $$($(ZERO)/bin/python $(SITE))/shared.pth
+	DS_BUILD_OPS=0 $(ZERO)/bin/python -m pip install --quiet --no-deps deepspeed hjson py-cpuinfo msgpack ninja einops
 	touch $@
 
 # More than 20,000 generated cases, then 10,000 mutants of files, 10,000 flipped bytes and 100 kills, in memory where there

@@ -7,9 +7,11 @@ precision, with its master weights; and what is packed already, an eighth or so 
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -197,6 +199,8 @@ def _stream(
             for entry in entries:
                 put_in_place(base, entry)
             packed += entries
+            del layers, slots, run
+            _give_back()
             bar.update()
     return sweep, specs, packed
 
@@ -249,3 +253,9 @@ def _forget_disk(base: PreTrainedModel) -> None:
     """Make an ordinary model of it: nothing is on disk any more."""
     _unhook(base)
     base.__dict__.pop("hf_device_map", None)
+
+
+def _give_back() -> None:
+    """Let glibc return what was freed: with small packed tensors behind it, its heap would grow block by block."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)

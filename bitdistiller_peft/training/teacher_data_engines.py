@@ -238,7 +238,7 @@ def start_engine(
     """
     if isinstance(teacher, str):
         known = SimpleNamespace(generation_config=_generation_config(teacher))
-        return Vllm(teacher, sampling, stop_and_pad_ids(known, tokenizer)[0], options)  # type: ignore[arg-type]
+        return Vllm(teacher, sampling, stop_and_pad_ids(known, tokenizer)[0], options)
     stop_ids, pad_id = stop_and_pad_ids(teacher, tokenizer)
     if engine == CONTINUOUS:
         return ContinuousBatches(teacher, sampling, stop_ids)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +37,11 @@ def whole_copy(model: nn.Module, left_out: Collection[str], adapter_name: str) -
     Raises:
         StateError: it is no transformers model, or has parameters under names of its own.
     """
-    plain_class = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    plain_class: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
     if not issubclass(plain_class, PreTrainedModel):
         raise StateError(f"a sharded model must be a transformers model to be packed: got {plain_class.__name__}.")
     with torch.device("meta"):
-        copy = plain_class(model.config)
+        copy: PreTrainedModel = plain_class(model.config)
     tensors = dict(_plain_tensors(model, adapter_name))
     ours = chain(copy.named_parameters(remove_duplicate=False), copy.named_buffers(remove_duplicate=False))
     for name, slot in list(ours):

@@ -131,6 +131,7 @@ def test_another_number_of_processes_goes_on(bases: Path, tmp_path: Path, mode: 
     job = Job(mode, size=2, steps=3, settings=settings, resume=str(tmp_path / "two" / "run" / "checkpoint-1"))
     three = launch(tmp_path / "three", bases, job, processes=3)
     assert (two.pop("processes"), three.pop("processes")) == (2, 3)
+    assert not (tmp_path / "three" / "run" / "checkpoint-1").exists()  # it did not begin anew
     left, right = (load_file(tmp_path / name / "weights.safetensors") for name in ("two", "three"))
     assert helpers.difference(left, right) < 1e-5
     assert three["loss"] == pytest.approx(two["loss"], rel=1e-4)

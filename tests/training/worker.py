@@ -192,6 +192,8 @@ def main(out: Path, bases: Path, job: Job) -> None:
     weights = whole_weights(run.model)
     if job.again is not None:
         second, figures_again = run_once(job, out / "run-again", bases, str(out / "run" / f"checkpoint-{job.again}"))
+        if (out / "run-again" / f"checkpoint-{job.again}").exists():
+            raise SystemExit("the run that should go on began anew")
         difference = helpers.difference(weights, whole_weights(second.model))
         if difference != 0.0 or figures_again["loss"] != figures["loss"]:
             raise SystemExit(f"the run that went on differs by {difference}: {figures_again['loss']}")
