@@ -101,7 +101,7 @@ def measured(kind: str, loss_type: str, tokens: int) -> dict[str, Any]:
 
 def run(rows: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
     """What is not measured yet, row by row."""
-    wanted = [("ours", "cakld", 1024), ("trl", "jsd", 1024), ("ours", "cakld", 4096), ("naive", "cakld", 1024)]
+    wanted = [("ours", "cakld", 1024), ("trl", "jsd", 1024), ("naive", "cakld", 1024), ("ours", "cakld", 4096)]
     wanted += [("ours", loss_type, 1024) for loss_type in LOSSES[1:]] + [("ours", "cakld", 2048)]
     there = {(row["kind"], row["loss"], row["tokens"]) for row in rows}
     for case in wanted:

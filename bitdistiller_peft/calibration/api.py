@@ -16,6 +16,7 @@ from bitdistiller_peft.calibration.blockwise import reconstruct
 from bitdistiller_peft.calibration.gptq_sweep import GptqSweep, check_learned_scales
 from bitdistiller_peft.calibration.options import AwqOptions, BlockwiseOptions, ClipOptions, GptqOptions, make_options
 from bitdistiller_peft.calibration.progress import Progress
+from bitdistiller_peft.calibration.ranks import share_of
 from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult
 from bitdistiller_peft.calibration.slots import Display, Slot, find_student
 from bitdistiller_peft.calibration.sweep import Sweep, result_of, segments
@@ -51,6 +52,10 @@ def calibrate(
     The teacher (the base weights), train mode, `requires_grad` and random states are as before. A run that is
     interrupted leaves the model as it was; but a block-wise one keeps the blocks that are finished, and the one at
     work goes back to what it was.
+
+    Where `torch.distributed` runs several processes, each with the whole student, `"clip"` and `"gptq"` deal the
+    batches out and add up what they measure, so that all end with the same student. The other methods do the whole work
+    on each.
 
     Args:
         model: the `PeftModel` from `get_bitdistiller_model`; its active adapter is calibrated, in place.
@@ -154,8 +159,10 @@ def _run(
             scaling.run(base, slots, batches)
             return scaling, []
         kind = GptqSweep if isinstance(options, GptqOptions) else Sweep
-        sweep = kind(options, len(batches), display, advance)  # type: ignore[arg-type]  # each its own options
-        for _ in segments(base, slots, batches, sweep):
+        share = share_of(batches)
+        sweep = kind(options, len(share.batches), display, advance)  # type: ignore[arg-type]  # each its own options
+        sweep.share = share
+        for _ in segments(base, slots, share.batches, sweep):
             display.clear()
     sweep.apply(slots)
     return sweep, []

@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from bitdistiller_peft.calibration.blocks import EarlyStop
 from bitdistiller_peft.calibration.clip import group_width
+from bitdistiller_peft.calibration.ranks import add_up, add_up_count
 from bitdistiller_peft.calibration.slots import Slot
 from bitdistiller_peft.errors import DataError
 from bitdistiller_peft.kernels import compute_dtype
@@ -49,14 +50,29 @@ class Gram:
         groups = inputs.detach().reshape(-1, inputs.shape[-1] // self.width, self.width).float().transpose(0, 1)
         if groups.shape[1] == 0:
             return
-        products = groups.transpose(1, 2) @ groups
-        if self._sum is None:
-            has_double = products.device.type != "mps"
-            self._sum = torch.zeros_like(products, dtype=torch.float64 if has_double else torch.float32)
-            self._magnitudes = torch.zeros_like(self._sum[:, 0])
-        self._sum += products
-        self._magnitudes += groups.abs().sum(1)  # type: ignore[operator]  # made with the sum
+        self._begin(len(groups), groups.device)
+        self._sum += groups.transpose(1, 2) @ groups  # type: ignore[operator]  # begun above
+        self._magnitudes += groups.abs().sum(1)  # type: ignore[operator]
         self.tokens += groups.shape[1]
+
+    def _begin(self, groups: int, device: torch.device) -> None:
+        if self._sum is None:
+            dtype = torch.float64 if device.type != "mps" else torch.float32
+            self._sum = torch.zeros(groups, self.width, self.width, dtype=dtype, device=device)
+            self._magnitudes = torch.zeros(groups, self.width, dtype=dtype, device=device)
+
+    def add_up(self, groups: int, device: torch.device) -> None:
+        """Add what all processes have seen; collective.
+
+        Args:
+            groups: groups of inputs.
+            device: where to add, also where no token came by.
+        """
+        tokens = add_up_count(self.tokens, device)
+        if tokens:
+            self._begin(groups, device)
+            add_up([self._sum, self._magnitudes])  # type: ignore[list-item]
+        self.tokens = tokens
 
     def mean(self) -> Tensor | None:
         """The mean over the tokens, fp32 ``[groups, width, width]``, or `None` if none came by."""
@@ -96,6 +112,14 @@ class Stage:
         """Take in inputs ``[..., in]``."""
         for grams in self.grams.values():
             grams[expert].add(inputs)
+
+    def add_up(self) -> None:
+        """Add what all processes have seen; collective."""
+        weight = self.slots[0].weight
+        inputs = {self.width(slot): slot.weight.shape[-1] for slot in self.slots}
+        for width, grams in self.grams.items():
+            for gram in grams:
+                gram.add_up(inputs[width] // width, weight.device)
 
     def magnitude(self) -> Tensor | None:
         """The mean of ``|x|`` of every input, fp32 ``[in]``, or `None` if no token came; not for experts."""
@@ -162,7 +186,7 @@ def find_stages(slots: Sequence[Slot], run: Run, *, is_whole: bool = False) -> t
     return list(stages.values()), [slot for slot in slots if slot.name not in seen]
 
 
-def capture(stages: Sequence[Stage], run: Run, num_batches: int, *, stop: bool) -> None:
+def capture(stages: Sequence[Stage], run: Run, num_batches: int, *, stop: bool, first: int = 0) -> None:
     """Fill the Gram matrices of stages from forward passes over all batches.
 
     Args:
@@ -170,12 +194,13 @@ def capture(stages: Sequence[Stage], run: Run, num_batches: int, *, stop: bool) 
         run: runs one batch, by its index.
         num_batches: how many there are.
         stop: end each pass as soon as the (only) stage is reached.
+        first: the first batch that counts.
     """
     with ExitStack() as stack:
         for stage in stages:
             stage.clear()
             stack.enter_context(_catching(stage, stop=stop))
-        for index in range(num_batches):
+        for index in range(first, num_batches):
             with suppress(EarlyStop):
                 run(index)
 

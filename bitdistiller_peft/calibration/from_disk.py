@@ -160,7 +160,7 @@ def _plan(base: PreTrainedModel, config: BitDistillerConfig, list_name: str) -> 
             f"`target_modules` must name layers of the decoder's blocks ({list_name}) for a model that stays on disk: "
             f"got {outside or 'none'}. Leave others out with exclude_modules."
         )
-    names = [f"{list_name}.{number}" for number in range(len(base.get_submodule(list_name)))]  # type: ignore[arg-type]
+    names = [f"{list_name}.{number}" for number in range(len(base.get_submodule(list_name)))]
     return [_Block(name, [target for target in inside if target.startswith(f"{name}.")]) for name in names]
 
 

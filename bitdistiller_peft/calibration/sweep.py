@@ -16,6 +16,7 @@ from bitdistiller_peft.calibration.blocks import BlockRunner, run_model
 from bitdistiller_peft.calibration.capture import Stage, capture, find_stages
 from bitdistiller_peft.calibration.clip import group_width, search_range
 from bitdistiller_peft.calibration.options import ClipOptions
+from bitdistiller_peft.calibration.ranks import Share
 from bitdistiller_peft.calibration.result import BlockReport, CalibrationResult, LayerReport
 from bitdistiller_peft.calibration.slots import Display, Slot
 from bitdistiller_peft.calibration.texts import fingerprint
@@ -78,6 +79,9 @@ class Sweep:
         num_batches: batches that a segment can be run on.
         display: presents calibrated weights to the layers after them.
         on_slot: called with the name of each slot that is done.
+
+    Attributes:
+        share: what this process has of the text; set it where others have the rest.
     """
 
     is_whole = False  # what a slot is searched on: the Gram matrix of all its inputs, or those of its groups
@@ -86,6 +90,7 @@ class Sweep:
         self, options: ClipOptions, num_batches: int, display: Display, on_slot: Callable[[str], None]
     ) -> None:
         self.options, self.num_batches, self.display, self.on_slot = options, num_batches, display, on_slot
+        self.share = Share([])
         self.findings: dict[str, Finding] = {}
 
     def search(self, segment: Segment, *, one_pass: bool = False) -> list[Slot]:
@@ -165,8 +170,10 @@ class Sweep:
     def _search_stages(self, stages: Sequence[Stage], segment: Segment, *, stop: bool) -> None:
         if not stages:
             return
-        capture(stages, segment.run, segment.num_batches or self.num_batches, stop=stop)
+        capture(stages, segment.run, segment.num_batches or self.num_batches, stop=stop, first=self.share.first)
         for stage in stages:
+            if self.share.is_part:
+                stage.add_up()
             for slot in stage.slots:
                 gram, without = stage.gram_of(slot)
                 if gram is not None:

@@ -109,12 +109,12 @@ LIMITED = """
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_model_larger_than_memory_is_packed(tmp_path: Path) -> None:
     config = LlamaConfig(
-        **{**tiny.DECODER, "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 20},
+        **{**tiny.DECODER, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 40},
         tie_word_embeddings=True,
     )
     model = LlamaForCausalLM(config)
     size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
-    model.save_pretrained(tmp_path / "model", max_shard_size="16MB")
+    model.save_pretrained(tmp_path / "model", max_shard_size="8MB")
 
     def run(how: str) -> int:
         command = [sys.executable, "-c", textwrap.dedent(LIMITED), str(tmp_path / "model"), str(tmp_path)]
@@ -131,4 +131,4 @@ def test_a_model_larger_than_memory_is_packed(tmp_path: Path) -> None:
 
     assert run("whole") == 77  # it does not fit
     assert run("disk") == 0
-    assert tiny.load(tmp_path / "packed").config.num_hidden_layers == 20
+    assert tiny.load(tmp_path / "packed").config.num_hidden_layers == 40
