@@ -7,11 +7,9 @@ precision, with its master weights; and what is packed already, an eighth or so 
 from __future__ import annotations
 
 import copy
-import ctypes
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -34,7 +32,7 @@ from bitdistiller_peft.hub.convert import convertible
 from bitdistiller_peft.hub.projections import check_projections
 from bitdistiller_peft.tuner import BitDistillerConfig, BitDistillerLayer
 from bitdistiller_peft.tuner.overlays import overlay
-from bitdistiller_peft.tuner.pack import Packed, describe_packed, pack_layer, put_in_place
+from bitdistiller_peft.tuner.pack import Packed, describe_packed, pack_layer, put_in_place, return_freed_memory
 from bitdistiller_peft.tuner.targets import check_engine, is_target, resolve_targets
 
 METHODS = ("clip", "gptq")
@@ -200,7 +198,7 @@ def _stream(
                 put_in_place(base, entry)
             packed += entries
             del layers, slots, run
-            _give_back()
+            return_freed_memory()
             bar.update()
     return sweep, specs, packed
 
@@ -253,9 +251,3 @@ def _forget_disk(base: PreTrainedModel) -> None:
     """Make an ordinary model of it: nothing is on disk any more."""
     _unhook(base)
     base.__dict__.pop("hf_device_map", None)
-
-
-def _give_back() -> None:
-    """Let glibc return what was freed: with small packed tensors behind it, its heap would grow block by block."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
