@@ -124,7 +124,7 @@ def pack_from_disk(
 
 def _on_disk(name: str, scratch: str, load_kwargs: dict[str, Any]) -> tuple[PreTrainedModel, str]:
     """Load everything but the decoder's blocks; also gives the name of their list."""
-    wanted = {key: value for key, value in load_kwargs.items() if key in ("revision", "trust_remote_code")}
+    wanted = {key: value for key, value in load_kwargs.items() if key == "revision"}
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name, **wanted))
     found = find_blocks(skeleton, [module for _, module in convertible(skeleton)])
