@@ -9,6 +9,7 @@ from bitdistiller_peft.kernels.backend import Backend, register_backend
 from bitdistiller_peft.kernels.layout import operator_weight, reading_of
 from bitdistiller_peft.kernels.reference import compute_dtype
 from bitdistiller_peft.kernels.triton import ops
+from bitdistiller_peft.kernels.triton.fake import SWEEPS
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -18,6 +19,7 @@ class TritonBackend(Backend):
     """Grids of up to 4 bits with tables, 8-bit integers; fp32, bf16 and fp16; codes in the plain bitstream."""
 
     name = "triton"
+    sweeps = SWEEPS
 
     def is_available(self, device: torch.device) -> bool:
         """On GPUs, where Triton is installed. Its interpreter, for tests, has to be asked for by name."""

@@ -95,7 +95,7 @@ class _Weight:
         out = torch.empty(self.rows, self.width, dtype=dtype, device=self.device)
         if out.numel():
             grid = (_cdiv(self.rows, FEW_ROWS), _cdiv(self.width, self.bk))
-            with self._here():
+            with here(self.device):
                 load().dequantize[grid](
                     out, *self.tensors, self.rows, self.width, *self.sizes, BN=FEW_ROWS, **self.constants
                 )
@@ -106,7 +106,7 @@ class _Weight:
         parts = min(steps, max(1, PROGRAMS // (blocks * len(inputs))))
         steps = _cdiv(steps, parts)
         out = torch.empty(parts, len(inputs), self.rows, dtype=torch.float32, device=self.device)
-        with self._here():
+        with here(self.device):
             load().multiply_few[blocks, len(inputs), parts](
                 out, inputs, *self.tensors, self.rows, self.width, *self.sizes, steps, BN=FEW_ROWS, **self.constants
             )
@@ -116,7 +116,7 @@ class _Weight:
     def times_many(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         bm = min(MOST_TOKENS, max(16, 1 << (len(inputs) - 1).bit_length()))
         out = torch.empty(len(inputs), self.rows, dtype=inputs.dtype, device=self.device)
-        with self._here():
+        with here(self.device):
             load().multiply_many[_cdiv(self.rows, ROWS), _cdiv(len(inputs), bm)](
                 out, inputs, inputs if bias is None else bias.contiguous(), *self.tensors,
                 len(inputs), self.rows, self.width, *self.sizes, _cdiv(self.width, self.bk),
@@ -124,8 +124,10 @@ class _Weight:
             )  # fmt: skip
         return out
 
-    def _here(self) -> AbstractContextManager[object]:
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+def here(device: torch.device) -> AbstractContextManager[object]:
+    """Launch on this device, whichever is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def tile_width(group_size: int, groups: int) -> tuple[int, int]:
