@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import itertools
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from bitdistiller_peft import BitDistillerConfig, allocate_bits, calibrate, get_bitdistiller_model
+from bitdistiller_peft.calibration.allocation import _fused_name
+from bitdistiller_peft.calibration.problem import Problem
 from bitdistiller_peft.errors import ConfigError, TargetError, UnknownNameError
 from bitdistiller_peft.hub.file_size import packed_file_bytes
 from bitdistiller_peft.quantizers import QuantSpec
@@ -22,6 +27,11 @@ GRIDS = [{"grid": "int"}, {"grid": "nf"}, {"grid": "int_sym", "scale_dtype": "fl
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("bases")
+
+
+@cache
+def tied_model(folder: Path) -> nn.Module:
+    return load(save_base("llama-tied", folder))
 
 
 def weights(model: nn.Module) -> int:
@@ -160,3 +170,78 @@ def test_the_result_reads_as_a_line(bases: Path) -> None:
     assert str(found) == f"14 layers at 4 bits: {found.num_bytes:,} bytes, {found.bits_per_weight:.3f} bits per weight"
     with pytest.raises(UnknownNameError):
         BitDistillerConfig(grid="none")
+
+
+TABLES = [({"embedding_bits": 8}, ()), ({"embedding_bits": 4, "head_bits": 8}, ()), ({}, (4, 8))]
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied"])
+@pytest.mark.parametrize(("tables", "choices"), TABLES)
+def test_embedding_and_head_are_in_the_budget(
+    name: str, tables: dict[str, int], choices: tuple[int, ...], bases: Path, tmp_path: Path
+) -> None:
+    if name == "llama-tied" and len(tables) == 2:
+        tables = {"head_bits": 4}
+    config = BitDistillerConfig(group_size=32, **tables)
+    model = load(save_base(name, bases))
+    budget = {"choices": (2, 4), "table_choices": choices, "show_progress": False}
+    found = allocate_bits(model, None, token_ids(), config, bits_per_weight=6.2, **budget)
+    chosen = found.apply(config)
+    if choices:
+        assert chosen.embedding_bits in choices
+    elif name == "llama":
+        assert (chosen.embedding_bits, chosen.head_bits) == (tables.get("embedding_bits"), tables.get("head_bits"))
+    else:
+        assert chosen.embedding_bits == next(iter(tables.values()))
+    assert "embedding at" in str(found)
+    get_bitdistiller_model(model, chosen).pack_and_unload(progressbar=False).save_pretrained(tmp_path)
+    assert file_size(tmp_path) == found.num_bytes <= 6.2 * weights(load(save_base(name, bases))) / 8
+    assert all("embed_tokens" not in n and "lm_head" not in n for n in found.bits)
+
+
+def test_the_embedding_alone_is_quantized_when_it_is_measured(bases: Path) -> None:
+    model, ids = load(save_base("llama-tied", bases)), token_ids()
+    config = BitDistillerConfig(group_size=32)
+    found = allocate_bits(model, None, ids, config, num_bytes=10**7, table_choices=(2, 8), show_progress=False)
+    student = get_bitdistiller_model(
+        load(save_base("llama-tied", bases)), BitDistillerConfig(group_size=32, embedding_bits=2)
+    )
+    calibrate(student, None, None, objective="weight", show_progress=False)
+    twin = load(save_base("llama-tied", bases))
+    with torch.no_grad():
+        twin.model.embed_tokens.weight.copy_(
+            student.get_submodule("base_model.model.model.embed_tokens").active_student("weight")()
+        )
+        wanted, ours = (m(ids).logits.double().log_softmax(-1) for m in (model, twin))
+    expected = float((wanted.exp() * (wanted - ours)).sum(-1).mean())
+    assert found.divergence["model.embed_tokens"][2] == pytest.approx(expected, rel=1e-3)
+    assert found.embedding_bits == 8
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_no_file_is_larger_than_the_budget_and_fused_layers_agree(data: st.DataObject, bases: Path) -> None:
+    """Whatever layers cost: no measurement, only the choice."""
+    model = tied_model(bases)
+    names = [name for name, module in model.model.layers.named_modules() if isinstance(module, nn.Linear)]
+    names = [f"model.layers.{name}" for name in names]
+    groups = {_fused_name(name, set(names)) for name in names}
+    price = st.floats(0, 10)
+    costs = {group: {bits: data.draw(price) for bits in (2, 3, 4)} for group in sorted(groups)}
+    costs["model.embed_tokens"] = {bits: data.draw(price) for bits in (4, 8)}
+    specs = {
+        bits: {name: QuantSpec.create("int", bits, group_size=32) for name in (*names, "model.embed_tokens")}
+        for bits in (2, 3, 4, 8)
+    }
+    problem = Problem(model, specs, costs)
+    least = problem.file_bytes(problem.smallest())
+    near = {group: data.draw(st.sampled_from(sorted(prices))) for group, prices in costs.items()}
+    near_size = problem.file_bytes({name: bits for group, bits in near.items() for name in group.split(",")})
+    limit = near_size + data.draw(st.integers(-24, 24))
+    found = problem.solve(limit)
+    if found is None:
+        assert limit < least
+        return
+    assert problem.file_bytes(found) <= limit
+    for group in groups:
+        assert len({found[name] for name in group.split(",")}) == 1
