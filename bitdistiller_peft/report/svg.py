@@ -14,7 +14,8 @@ from bitdistiller_peft.report.axes import Axis, fit_axis, short
 from bitdistiller_peft.report.escape import html_text
 
 WIDTH, HEIGHT = 420.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM = 60.0, 12.0, 14.0, 40.0
+LEFT, RIGHT, TOP, BOTTOM = 80.0, 12.0, 14.0, 40.0
+_LEGEND = 24.0
 _MARKED = 40
 """Up to so many points are marked one by one."""
 
@@ -90,7 +91,7 @@ def line_chart(title: str, series: Sequence[Series], *, x_name: str, y_name: str
         if len(places) <= _MARKED:
             body += [f'<circle class="dot s{number}" cx="{x:.2f}" cy="{y:.2f}" r="2.2"/>' for x, y in places]
         if len(series) > 1:
-            body += _legend(number, one.name, (WIDTH - LEFT) / max(3, len(series)))
+            body += _legend(number, one.name, (WIDTH - _LEGEND) / max(3, len(series)))
     last = ", ".join(f"{one.name} ends at {short(points[-1][1])}" for one, points in drawn)
     scale = ", logarithmic scale" if up.is_log else ""
     return drawing(title, f"{y_name} over {x_name}{scale}: {last}.", body)
@@ -218,7 +219,7 @@ def _frame(across: Axis, up: Axis, x_name: str, y_name: str) -> list[str]:
 
 
 def _legend(number: int, name: str, room: float) -> list[str]:
-    x = LEFT + number * room
+    x = _LEGEND + number * room
     line = f'<line class="line s{number}" x1="{x:.2f}" x2="{x + 14:.2f}" y1="12" y2="12"/>'
     return [line, text(x + 17, 16, name, kind="tick")]
 

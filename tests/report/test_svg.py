@@ -183,3 +183,12 @@ def test_numbers_are_short(value: float, text: str) -> None:
 def test_sizes_and_times_have_the_unit_that_suits_them() -> None:
     assert [num_bytes(v) for v in (12, 2048, 87322432, 3 * 2**30)] == ["12 B", "2.0 KiB", "83.3 MiB", "3.00 GiB"]
     assert [duration(v) for v in (5.04, 125, 7265)] == ["5.0 s", "2.1 min", "2.02 h"]
+
+
+@pytest.mark.parametrize("largest", [7e-4, 0.0123, 3.2e-5, 123456.0])
+def test_numbers_at_the_axis_do_not_run_into_its_name(largest: float) -> None:
+    svg = parse(line_chart("t", [Series("a", (1.0, 2.0), (0.1 * largest, largest))], x_name="x", y_name="y"))
+    ticks = [e for e in svg.all("text", kind="tick") if e.attributes["text-anchor"] == "end"]
+    (name,) = (e for e in svg.all("text", kind="name") if "transform" in e.attributes)
+    widest = max(7 * len(e.text) for e in ticks)  # a digit is at most 7 wide in this size
+    assert float(ticks[0].attributes["x"]) - widest > float(name.attributes["x"]) + 4
