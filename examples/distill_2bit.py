@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bitdistiller_peft import BitDistillerConfig, get_bitdistiller_model, print_quant_summary
 from bitdistiller_peft.calibration import calibrate
 from bitdistiller_peft.evaluation import evaluate_perplexity
+from bitdistiller_peft.hub import loading_dtype, restore_dtype, stored_dtype
 from bitdistiller_peft.training import DistillConfig, DistillTrainer
 from bitdistiller_peft.training.data import generate_teacher_data
 
@@ -46,10 +47,7 @@ OPENINGS = [
     "The sky is blue because",
     "To bake a simple bread, you need",
     "The capital of France is a city that",
-    "In the year 1969, people first walked on the moon.",
-    "A good friend is someone who",
     "Computers store numbers as",
-    "The bees of a hive divide their work:",
     "When the train arrived, nobody was on the platform except",
     "A prime number is a number that",
 ]
@@ -101,7 +99,8 @@ def main() -> None:
     options = parser.parse_args()
 
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    teacher = AutoModelForCausalLM.from_pretrained(options.model)
+    stored = stored_dtype(options.model)
+    teacher = AutoModelForCausalLM.from_pretrained(options.model, dtype=loading_dtype(stored, "cpu"))
     texts = read_paragraphs(options.text) if options.text else teacher_texts(teacher, tokenizer, options.output)
     measured = "\n\n".join(texts[::EVALUATION_SHARE])
     learned = [text for i, text in enumerate(texts) if i % EVALUATION_SHARE]
@@ -111,9 +110,10 @@ def main() -> None:
     print_quant_summary(model)
     calibrate(model, tokenizer, learned, method="clip", seq_len=PROTOCOL["seq_len"])
     packed = distil(model, tokenizer, learned, options.output, options.steps).pack_and_unload()
+    print(f"full precision: {before}\n{BITS} bits: {evaluate_perplexity(packed, tokenizer, measured, **PROTOCOL)}")
+    restore_dtype(packed, stored)
     packed.save_pretrained(options.output / "packed")
     tokenizer.save_pretrained(options.output / "packed")
-    print(f"full precision: {before}\n{BITS} bits: {evaluate_perplexity(packed, tokenizer, measured, **PROTOCOL)}")
 
 
 if __name__ == "__main__":

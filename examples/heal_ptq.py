@@ -18,6 +18,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer
 
 from bitdistiller_peft import DistillConfig, DistillTrainer, evaluate_perplexity, import_model, print_quant_summary
+from bitdistiller_peft.hub import loading_dtype, restore_dtype, stored_dtype
 
 STEPS = 40
 LEARNING_RATE = 1e-4
@@ -68,16 +69,18 @@ def main() -> None:
     measured = "\n\n".join(texts[::HELD_OUT])
     learned = [text for number, text in enumerate(texts) if number % HELD_OUT]
 
-    model = import_model(options.source, base=options.base)
+    stored = stored_dtype(options.base)
+    model = import_model(options.source, base=options.base, dtype=loading_dtype(stored, "cpu"))
     print_quant_summary(model)
     before = evaluate_perplexity(model, tokenizer, measured, **PROTOCOL)
     with model.disable_adapter():
         teacher = evaluate_perplexity(model, tokenizer, measured, **PROTOCOL)
 
     packed = distil(model, tokenizer, learned, options.output, options.steps).pack_and_unload()
+    after = evaluate_perplexity(packed, tokenizer, measured, **PROTOCOL)
+    restore_dtype(packed, stored)
     packed.save_pretrained(options.output / "packed")
     tokenizer.save_pretrained(options.output / "packed")
-    after = evaluate_perplexity(packed, tokenizer, measured, **PROTOCOL)
     print(f"full precision: {teacher}\nas published:   {before}\nhealed:         {after}")
 
 
