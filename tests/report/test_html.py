@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from bitdistiller_peft.errors import CheckpointError
 from bitdistiller_peft.report import write_report
 from tests.report.conftest import evaluation, log, write
 from tests.report.page import Element, parse, section
@@ -25,7 +26,7 @@ HOSTILE = [
     "<?php echo 1 ?>",
     "]]></style><style>@import url(http://evil.example/x.css);",
     "`code` **bold** [a](javascript:alert(1)) | a | b |",
-    "\u202egnp.exe \x00\x07\x1b[31m \ud800 end",
+    "\u202egnp.exe \x00\x07\x1b[31m end",
     "line\r\nline\rline",
 ]
 ATTRIBUTES = {
@@ -159,7 +160,7 @@ def test_hostile_texts_are_shown_and_not_obeyed(
         {"findings": [dict.fromkeys(("name", "severity", "seen", "advice", "first_step"), text)]},
     )
     write(folder / "export" / "result.json", {"folder": text, "reports": {text: {text: text}}})
-    (folder / "resolved.yaml").write_bytes(f"# {text}\n".encode("utf-8", "surrogatepass"))
+    (folder / "resolved.yaml").write_bytes(f"# {text} \ud800\n".encode("utf-8", "surrogatepass"))  # no UTF-8
     config = json.loads((folder / "distill" / "packed" / "config.json").read_text())
     config["quantization_config"]["provenance"] = {"base_model": text, "loss": text}
     config["architectures"] = ["LlamaForCausalLM"]
@@ -177,6 +178,16 @@ def test_hostile_texts_are_shown_and_not_obeyed(
     assert not re.search("[\x00-\x08\x0b-\x1f\u202a-\u202e\ud800-\udfff]", page.text)
 
 
+def test_a_text_that_no_file_can_hold_is_refused_with_the_file(
+    make_chain: Callable[[Path], Path], tmp_path: Path
+) -> None:
+    folder = make_chain(tmp_path / "run")
+    path = folder / "distill" / "packed" / "config.json"
+    path.write_text(path.read_text().replace("{", '{"note": "\\ud800", ', 1))
+    with pytest.raises(CheckpointError, match=r"config\.json must be readable JSON"):
+        write_report(folder, show_progress=False)
+
+
 def _expected(text: str) -> str:
     """The text with what no page may hold replaced."""
-    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\u202e\ud800]", "\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
+    return re.sub("[\x00-\x08\x0b\x0c\x0e-\x1f\u202e]", "\ufffd", text.replace("\r\n", "\n").replace("\r", "\n"))
