@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from bitdistiller_peft.export import verify_export as verify_export
     from bitdistiller_peft.grids import register_grid as register_grid
     from bitdistiller_peft.hub import BitDistillerQuantConfig as BitDistillerQuantConfig
+    from bitdistiller_peft.hub import pack_latent as pack_latent
     from bitdistiller_peft.hub import print_quant_summary as print_quant_summary
     from bitdistiller_peft.hub import quant_summary as quant_summary
     from bitdistiller_peft.importing import import_model as import_model
@@ -62,6 +63,7 @@ _HOMES = {
     "get_recipe": "recipes",
     "import_model": "importing",
     "load_teacher_data": "training",
+    "pack_latent": "hub",
     "print_quant_summary": "hub",
     "quant_summary": "hub",
     "register_grid": "grids",

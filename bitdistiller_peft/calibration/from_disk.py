@@ -29,10 +29,11 @@ from bitdistiller_peft.calibration.sweep import Segment, Sweep, result_of, run_b
 from bitdistiller_peft.calibration.texts import batches_of, check_length, token_windows
 from bitdistiller_peft.errors import BitDistillerError, ConfigError, add_location
 from bitdistiller_peft.hub.convert import convertible
+from bitdistiller_peft.hub.heap import return_freed_memory
 from bitdistiller_peft.hub.projections import check_projections
 from bitdistiller_peft.tuner import BitDistillerConfig, BitDistillerLayer
 from bitdistiller_peft.tuner.overlays import overlay
-from bitdistiller_peft.tuner.pack import Packed, describe_packed, pack_layer, put_in_place, return_freed_memory
+from bitdistiller_peft.tuner.pack import Packed, describe_packed, pack_layer, put_in_place
 from bitdistiller_peft.tuner.targets import check_engine, is_target, resolve_targets
 
 METHODS = ("clip", "gptq")

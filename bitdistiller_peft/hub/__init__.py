@@ -4,6 +4,7 @@
 import transformers.quantizers.auto  # noqa: F401
 
 from bitdistiller_peft.hub.config import FORMAT_VERSION, QUANT_METHOD, BitDistillerQuantConfig
+from bitdistiller_peft.hub.latent import pack_latent
 from bitdistiller_peft.hub.manifest import MANIFEST_NAME, verify_files, write_manifest
 from bitdistiller_peft.hub.precision import loading_dtype, restore_dtype, stored_dtype
 from bitdistiller_peft.hub.quantizer import BitDistillerHfQuantizer
@@ -18,6 +19,7 @@ __all__ = [
     "BitDistillerQuantConfig",
     "QuantSummary",
     "loading_dtype",
+    "pack_latent",
     "print_quant_summary",
     "quant_summary",
     "restore_dtype",

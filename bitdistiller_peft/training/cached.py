@@ -17,7 +17,7 @@ from bitdistiller_peft.training.fingerprints import fingerprint_template, finger
 from bitdistiller_peft.training.forward import HiddenStates, SparseStates, base_model_of
 from bitdistiller_peft.training.heads import output_head
 from bitdistiller_peft.training.teachers import Teacher
-from bitdistiller_peft.tuner import full_precision
+from bitdistiller_peft.tuner import BitDistillerLayer, full_precision
 
 _REBUILD = "Call cache_teacher() again, with an output_dir of its own."
 
@@ -114,6 +114,8 @@ class CachedTeacher(Teacher):
 
 
 def _check_weights(cache: TeacherCache, student: nn.Module) -> None:
+    if not any(isinstance(module, BitDistillerLayer) for module in student.modules()):
+        return  # trained in place: its weights are no longer those of any teacher
     teacher = cache.manifest["teacher"]
     base = base_model_of(student)
     name = str(getattr(base.config, "_name_or_path", ""))

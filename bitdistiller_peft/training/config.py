@@ -308,6 +308,10 @@ class DistillConfig(SFTConfig):
     def _unsupported_faults(self) -> list[str]:
         refused = {
             "use_liger_kernel": (self.use_liger_kernel, "It would replace the forward that computes the loss."),
+            "activation_offloading": (
+                bool(self.activation_offloading and self.use_cpu),
+                "On a CPU, activations are in main memory anyway.",
+            ),
             "label_smoothing_factor": (self.label_smoothing_factor != 0, "The teacher's distribution takes its place."),
             "router_aux_loss_coef": (bool(self.router_aux_loss_coef), "Routers stay frozen; nothing is to be steered."),
             "average_tokens_across_devices": (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +15,7 @@ from transformers import PreTrainedModel
 from bitdistiller_peft.errors import BitDistillerError, StateError, WeightError, add_location
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
 from bitdistiller_peft.hub.convert import convertible
+from bitdistiller_peft.hub.heap import return_freed_memory
 from bitdistiller_peft.hub.modules import is_linear
 from bitdistiller_peft.hub.quantizer import as_quantized
 from bitdistiller_peft.hub.tables import tie_packed_head, tied_head
@@ -102,16 +101,6 @@ def describe_packed(model: nn.Module, packed: Sequence[Packed], provenance: Mapp
     if isinstance(model, PreTrainedModel):
         widths = {f"{entry.layer_name}.{entry.parameter}": entry.in_features for entry in packed}
         as_quantized(model, _quant_config(model, packed, provenance), widths)
-
-
-def return_freed_memory() -> None:
-    """Give freed blocks back to the system, where the C library can (glibc).
-
-    The codes that stay are small and lie between the large temporaries of every layer, so that the holes are not used
-    again: without this, packing takes more memory than the student did, and keeps it.
-    """
-    if sys.platform == "linux" and (trim := getattr(ctypes.CDLL(None), "malloc_trim", None)) is not None:
-        trim(0)
 
 
 def _check_in_force(layers: list[tuple[str, BitDistillerLayer]]) -> None:

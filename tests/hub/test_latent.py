@@ -13,8 +13,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer, TrainingArguments
 
-from bitdistiller_peft import BitDistillerQuantConfig
-from bitdistiller_peft.errors import CheckpointError
+from bitdistiller_peft import BitDistillerQuantConfig, pack_latent
+from bitdistiller_peft.errors import CheckpointError, StateError, WeightError
 from bitdistiller_peft.hub import MANIFEST_NAME
 from bitdistiller_peft.layers import SUFFIXES, FakeQuantExperts, FakeQuantLinear, iter_quantized
 from tests.hub.models import WEIGHTS, assert_same_state, edit_tensors, logits, make_student
@@ -159,3 +159,32 @@ def test_a_tensor_that_a_latent_checkpoint_lacks_is_named(bases: Path, suffix: s
     edit_tensors(tmp_path, {name: None})
     with pytest.warns(UserWarning, match="unverified"), pytest.raises(CheckpointError, match=name):
         load(tmp_path)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3-moe"])
+@pytest.mark.parametrize("settings", [{}, {"learn_zero_point": True, "subln": "output"}], ids=["plain", "norms"])
+def test_a_trained_latent_model_packs_to_what_it_computed(
+    arch: str, settings: dict[str, Any], bases: Path, tmp_path: Path
+) -> None:
+    settings = settings if arch == "llama" else {}
+    model = load_latent(arch, bases, **settings)
+    train(model, tmp_path / "run", steps=2)
+    expected = logits(model.eval())
+    packed = pack_latent(model)
+    assert packed is model
+    assert torch.equal(logits(packed), expected)
+    assert not any(parameter.requires_grad for parameter in packed.parameters())
+    packed.save_pretrained(tmp_path / "packed")
+    reloaded = load(tmp_path / "packed")
+    assert reloaded.config.quantization_config.state == "packed"
+    assert torch.equal(logits(reloaded), expected)
+    assert_same_state(reloaded, packed)
+    with pytest.raises(StateError, match="must be latent"):
+        pack_latent(packed)
+
+
+def test_a_weight_that_cannot_be_packed_is_named(bases: Path) -> None:
+    model = load_latent("llama", bases)
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = float("nan")
+    with pytest.raises(WeightError, match=r"layer 'model.layers.1.mlp.up_proj'"):
+        pack_latent(model)
