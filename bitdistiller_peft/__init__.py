@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from bitdistiller_peft.evaluation import detect_collapse as detect_collapse
     from bitdistiller_peft.evaluation import evaluate_divergence as evaluate_divergence
     from bitdistiller_peft.evaluation import evaluate_perplexity as evaluate_perplexity
+    from bitdistiller_peft.evaluation import evaluate_sources as evaluate_sources
     from bitdistiller_peft.evaluation import evaluate_tasks as evaluate_tasks
     from bitdistiller_peft.evaluation import generate_gallery as generate_gallery
     from bitdistiller_peft.export import export_model as export_model
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from bitdistiller_peft.training import DistillTrainer as DistillTrainer
     from bitdistiller_peft.training import generate_teacher_data as generate_teacher_data
     from bitdistiller_peft.training import load_teacher_data as load_teacher_data
+    from bitdistiller_peft.training import mix_data as mix_data
     from bitdistiller_peft.tuner import BitDistillerConfig as BitDistillerConfig
     from bitdistiller_peft.tuner import BitDistillerModel as BitDistillerModel
     from bitdistiller_peft.tuner import get_bitdistiller_model as get_bitdistiller_model
@@ -54,6 +56,7 @@ _HOMES = {
     "detect_collapse": "evaluation",
     "evaluate_divergence": "evaluation",
     "evaluate_perplexity": "evaluation",
+    "evaluate_sources": "evaluation",
     "evaluate_tasks": "evaluation",
     "export_model": "export",
     "fit_subln": "calibration",
@@ -63,6 +66,7 @@ _HOMES = {
     "get_recipe": "recipes",
     "import_model": "importing",
     "load_teacher_data": "training",
+    "mix_data": "training",
     "pack_latent": "hub",
     "print_quant_summary": "hub",
     "quant_summary": "hub",

@@ -8,6 +8,7 @@ from bitdistiller_peft.training.cached import CachedTeacher
 from bitdistiller_peft.training.config import DistillConfig
 from bitdistiller_peft.training.data import generate_teacher_data, load_teacher_data
 from bitdistiller_peft.training.doctor import Finding, diagnose, divergence_by_layer
+from bitdistiller_peft.training.mixtures import MixReport, mix_data
 from bitdistiller_peft.training.prepare import prepare_dataset
 from bitdistiller_peft.training.teachers import SelfTeacher, SeparateTeacher, Teacher
 from bitdistiller_peft.training.trainer import DistillTrainer
@@ -17,6 +18,7 @@ __all__ = [
     "DistillConfig",
     "DistillTrainer",
     "Finding",
+    "MixReport",
     "SelfTeacher",
     "SeparateTeacher",
     "Teacher",
@@ -26,5 +28,6 @@ __all__ = [
     "divergence_by_layer",
     "generate_teacher_data",
     "load_teacher_data",
+    "mix_data",
     "prepare_dataset",
 ]
