@@ -51,6 +51,7 @@ class Arm:
         model: fields of `BitDistillerConfig`.
         clip: whether a clip search comes first.
         method: another way to calibrate on the same windows, `"gptq"` or `"awq"`.
+        method_options: its options.
         blockwise: share of the tokens spent block by block, and its options.
         training: fields of `DistillConfig` for the rest of the tokens, and `step_tokens` where those are its own.
         share: of `--tokens`, all in all; 0 for rows that only look at text, or not even that.
@@ -60,6 +61,7 @@ class Arm:
     model: dict[str, Any] = field(default_factory=dict)
     clip: bool = False
     method: str = ""
+    method_options: dict[str, Any] = field(default_factory=dict)
     blockwise: tuple[float, dict[str, Any]] | None = None
     training: dict[str, Any] | None = None
     share: float = 1.0

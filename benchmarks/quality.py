@@ -36,6 +36,7 @@ STEP_TOKENS = 1024
 
 LEARNED = {"learn_zero_point": True}
 OURS = {"learning_rate": 1.5e-2, "scale_learning_rate": 1e-2}
+STAGES = (("q_proj", "k_proj"), ("v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
 PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
 GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
 # half of the tokens end to end, in small steps, with rates that move codes
@@ -78,6 +79,26 @@ ARMS = {
     "balanced-end-to-end-only": Arm(LEARNED, clip=True, training=END_TO_END),
     "balanced-blockwise-only": Arm(LEARNED, blockwise=(1.0, OURS)),
     "balanced-forward-kl": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, "loss_type": "forward_kl"}),
+    # parts added: stages and finer widths see the same windows again, each time anew
+    "balanced-staged": Arm(LEARNED, blockwise=(0.5, {**OURS, "stages": STAGES}), training=END_TO_END),
+    "balanced-soft": Arm(LEARNED, blockwise=(0.5, {**OURS, "rounding": "soft"}), training=END_TO_END),
+    "balanced-progressive": Arm(LEARNED, blockwise=(0.5, {**OURS, "progressive_bits": (4,)}), training=END_TO_END),
+    "balanced-rotated": Arm(
+        LEARNED,
+        method="awq",
+        method_options={"rotate_heads": True, "alphas": (0.0,), "clip_search": False},
+        blockwise=(0.5, OURS),
+        training=END_TO_END,
+    ),
+    "balanced-sinkhorn": Arm(
+        {**LEARNED, "train_other": "norms"},
+        method="awq",
+        method_options={"scales": "sinkhorn", "clip_search": False},
+        blockwise=(0.5, OURS),
+        training=END_TO_END,
+    ),
+    "balanced-embedding8": Arm({**LEARNED, "embedding_bits": 8}, blockwise=(0.5, OURS), training=END_TO_END),
+    "balanced-embedding4": Arm({**LEARNED, "embedding_bits": 4}, blockwise=(0.5, OURS), training=END_TO_END),
 }
 NOT_BY_DEFAULT = tuple(name for name in ARMS if name.startswith("balanced-"))
 
@@ -119,7 +140,8 @@ class Bench(_arms.Bench):
             self.clip(student)
         if arm.method:
             windows = self.calibration_windows()
-            calibrate(student, None, windows, method=arm.method, num_samples=len(windows), seq_len=SEQ_LEN)
+            options_of = {"num_samples": len(windows), "seq_len": SEQ_LEN, **arm.method_options}
+            calibrate(student, None, windows, method=arm.method, **options_of)
         share, values = arm.blockwise or (0.0, {})
         step_tokens = (arm.training or {}).get("step_tokens", STEP_TOKENS)
         steps = round(budget * (1 - share) / step_tokens) if arm.training is not None else 0
