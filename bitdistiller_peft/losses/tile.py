@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bitdistiller_peft.errors import ConfigError
+from bitdistiller_peft.losses import triton_tile
 from bitdistiller_peft.losses.divergences import Comparison, compare, excess_over_mixture, expected
 from bitdistiller_peft.losses.objective import Objective
 from bitdistiller_peft.losses.registry import get_divergence
@@ -81,7 +82,10 @@ def score_tile(tile: Tile, objective: Objective, *, with_gradient: bool) -> tupl
     Returns:
         Statistic to value per token, `[tokens]`, and the gradient of the summed loss, `[tokens, vocab]`, if asked for.
     """
-    pair = None if tile.teacher_logits is None else _warm(tile.student_logits, tile.teacher_logits, objective)
+    student, teacher = tile.student_logits, tile.teacher_logits
+    if teacher is not None and tile.sparse is None and triton_tile.fits(student, teacher, objective):
+        return triton_tile.score(student, teacher, tile.labels, objective, with_gradient=with_gradient)
+    pair = None if teacher is None else _warm(student, teacher, objective)
     is_plain = pair is not None and objective.temperature == 1
     probs = pair.both.student_probs if pair is not None and is_plain else tile.student_logits.softmax(-1)
     values = {
