@@ -72,12 +72,10 @@ def assert_close(goal: Objective, student: Tensor, teacher: Tensor, labels: Tens
 
 
 @pytest.mark.parametrize("goal", OBJECTIVES, ids=lambda goal: goal.loss_type)
-@pytest.mark.parametrize(("rows", "vocab", "distance"), [(3, 97, 1.0), (1, 5, 4.0)])
-def test_values_and_gradients_are_those_of_the_formula(
-    goal: Objective, rows: int, vocab: int, distance: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_values_and_gradients_are_those_of_the_formula(goal: Objective, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tile, "compare", None)  # the torch path would need it
-    assert_close(goal, *logits(rows, vocab, distance), rel=1e-5)
+    for rows, vocab, distance in ((2, 97, 1.0), (1, 5, 4.0)):
+        assert_close(goal, *logits(rows, vocab, distance), rel=1e-5)
 
 
 def test_a_student_close_to_its_teacher_keeps_its_digits() -> None:
