@@ -74,7 +74,7 @@ def alone(bases: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...
         ("ddp", "self", {}),
         ("fsdp", "self", {}),
         ("fsdp", "separate", {"train_other": "all"}),
-        ("fsdp-sharded", "cached", {}),
+        ("fsdp-sharded", "cached", {"trainable": "lora"}),
         pytest.param("zero2", "self", {}, marks=needs_deepspeed),
         pytest.param("zero3", "self", {}, marks=needs_deepspeed),
         pytest.param("zero3", "cached", {}, marks=needs_deepspeed),
