@@ -54,8 +54,10 @@ def find_embeddings(model: nn.Module, config: BitDistillerQuantConfig) -> dict[s
     tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
     for key in config.embeddings:
         name = next((name for name in tables if f".{key}".endswith(f".{name}") or name.endswith(f".{key}")), None)
-        if name is None:
-            raise TargetError(f"`embeddings` must name embeddings: got {key!r}, and the model has {sorted(tables)}.")
+        if name is None or name in found:
+            raise TargetError(
+                f"`embeddings` must name embeddings, each once: got {key!r}, and the model has {sorted(tables)}."
+            )
         found[name] = tables[name]
     return found
 

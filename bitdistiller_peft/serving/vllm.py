@@ -66,13 +66,18 @@ class BitDistillerVllmConfig(QuantizationConfig):
 
         Raises:
             ConfigError: an unknown key, or a value outside its rule.
-            StateError: a latent checkpoint, which is not the quantized model.
+            StateError: a latent checkpoint, which is not the quantized model, or one with a packed embedding.
         """
         read: BitDistillerQuantConfig = BitDistillerQuantConfig.from_dict(dict(config))
         if read.state != "packed":
             raise StateError(
                 f"`model` must be packed: got a checkpoint with state={read.state!r}. Load it with transformers and "
                 "pack it, or serve the full-precision model."
+            )
+        if read.embeddings:
+            raise StateError(
+                f"`model` must have a full-precision embedding: got a checkpoint with embeddings={read.embeddings!r}. "
+                "Export it with export_model(model, 'compressed-tensors', folder), which writes the rows as floats."
             )
         return cls(read)
 

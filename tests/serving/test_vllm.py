@@ -250,6 +250,8 @@ def test_the_config_is_ours_and_closed(plugin: ModuleType, saved: GetSaved, tmp_
         cls.from_config({**section, "run": "this"})
     with pytest.raises(StateError, match="must be packed"):
         cls.from_config({**section, "state": "latent"})
+    with pytest.raises(StateError, match="full-precision embedding"):
+        cls.from_config({**section, "embeddings": ["model.embed_tokens"]})
     config = cls.from_config(section)
     config.maybe_update_config(str(original.folder))
     folder = Path(shutil.copytree(original.folder, tmp_path / "copy"))

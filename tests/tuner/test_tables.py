@@ -227,7 +227,8 @@ def test_models_without_tables_are_refused() -> None:
         get_bitdistiller_model(nn.Sequential(nn.Linear(32, 32)), BitDistillerConfig(group_size=32, embedding_bits=8))
 
 
-def test_names_that_are_no_embeddings_are_refused(bases: Bases) -> None:
-    config = BitDistillerQuantConfig(bits=2, group_size=32, embeddings=["model.norm"])
-    with pytest.raises(TargetError, match=r"model\.norm"):
+@pytest.mark.parametrize("names", [["model.norm"], ["model.embed_tokens"] * 2, ["model.embed_tokens", "embed_tokens"]])
+def test_names_that_are_no_embeddings_are_refused(names: list[str], bases: Bases) -> None:
+    config = BitDistillerQuantConfig(bits=2, group_size=32, embeddings=names)
+    with pytest.raises(TargetError, match="each once"):
         load(bases.path("llama"), quantization_config=config)
