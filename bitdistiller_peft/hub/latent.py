@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from bitdistiller_peft.errors import BitDistillerError, StateError, add_location
 from bitdistiller_peft.hub.config import BitDistillerQuantConfig
@@ -26,6 +27,9 @@ from bitdistiller_peft.layers import (
     to_packed_experts,
 )
 from bitdistiller_peft.quantizers import QuantSpec
+
+if TYPE_CHECKING:  # this module is read while transformers is, when its models are not there yet
+    from transformers import PreTrainedModel
 
 
 @torch.no_grad()
