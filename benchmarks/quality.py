@@ -36,6 +36,7 @@ STEP_TOKENS = 1024
 
 LEARNED = {"learn_zero_point": True}
 OURS = {"learning_rate": 1.5e-2, "scale_learning_rate": 1e-2}
+SHORT = {**OURS, "seq_len": 64, "batch_size": 1}  # without an end-to-end stage, more and smaller steps are better
 STAGES = (("q_proj", "k_proj"), ("v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
 PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
 GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
@@ -69,7 +70,8 @@ ARMS = {
         blockwise=(0.75, {**PUBLISHED_BLOCK, "learning_rate": 5e-3, "scale_learning_rate": 2e-3}),
         training={"loss_type": "ce", "learning_rate": 0.0, "scale_learning_rate": 2e-5},
     ),
-    "fast": Arm(LEARNED, blockwise=(1.0, OURS), share=0.25),
+    "fast": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.25),
+    "fast-larger-steps": Arm(LEARNED, blockwise=(1.0, OURS), share=0.25),
     "balanced": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
     # parts of ours taken away
     "balanced-mse": Arm(LEARNED, blockwise=(0.5, {**OURS, "loss": "mse"}), training=END_TO_END),
@@ -100,7 +102,7 @@ ARMS = {
     "balanced-embedding8": Arm({**LEARNED, "embedding_bits": 8}, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-embedding4": Arm({**LEARNED, "embedding_bits": 4}, blockwise=(0.5, OURS), training=END_TO_END),
 }
-NOT_BY_DEFAULT = tuple(name for name in ARMS if name.startswith("balanced-"))
+NOT_BY_DEFAULT = tuple(name for name in ARMS if name.startswith(("balanced-", "fast-")))
 
 
 class Bench(_arms.Bench):
@@ -143,16 +145,17 @@ class Bench(_arms.Bench):
             options_of = {"num_samples": len(windows), "seq_len": SEQ_LEN, **arm.method_options}
             calibrate(student, None, windows, method=arm.method, **options_of)
         share, values = arm.blockwise or (0.0, {})
+        shape = {"seq_len": BLOCK_SEQ_LEN, "batch_size": BLOCK_BATCH, **values}
+        length = shape["seq_len"]
         step_tokens = (arm.training or {}).get("step_tokens", STEP_TOKENS)
         steps = round(budget * (1 - share) / step_tokens) if arm.training is not None else 0
-        samples = (budget - steps * step_tokens) // BLOCK_SEQ_LEN if arm.blockwise else 0
-        used = samples * BLOCK_SEQ_LEN
+        samples = (budget - steps * step_tokens) // length if arm.blockwise else 0
+        used = samples * length
         if samples:
-            windows = self.windows(used)[:, :used].reshape(samples, BLOCK_SEQ_LEN)
+            windows = self.windows(used)[:, :used].reshape(samples, length)
             calibrate(
-                student, None, windows, method="blockwise", num_samples=samples, seq_len=BLOCK_SEQ_LEN,
-                batch_size=BLOCK_BATCH, epochs=1, seed=options.seed, **values,
-            )  # fmt: skip
+                student, None, windows, method="blockwise", num_samples=samples, epochs=1, seed=options.seed, **shape
+            )
         if arm.training is not None:
             self.train(student, self.windows(budget)[:, used:], steps, arm.training)
             used += steps * step_tokens

@@ -8,15 +8,17 @@ from typing import Any
 
 from bitdistiller_peft.recipes.base import Recipe, register_recipe
 
-WINDOWS = {"fast": 120, "balanced": 480, "max": 4096}
+WINDOWS = {"fast": 240, "balanced": 480, "max": 4096}
+LENGTHS = {"fast": 64, "balanced": 128, "max": 128}
+BATCHES = {"fast": 1, "balanced": 2, "max": 2}
 STEPS = {"fast": 0, "balanced": 16, "max": 400}
 
 
 def best(preset: str, given: Mapping[str, Any], *, bits: int) -> Recipe:
     """Spend most tokens block by block, on many short windows; then a few end-to-end steps at a small rate.
 
-    `fast` has no end-to-end stage. Short windows: a decoder leans on the first token of a window, so many different
-    first tokens matter more than long contexts.
+    `fast` has no end-to-end stage, and takes more and smaller steps. Short windows: a decoder leans on the first token
+    of a window, so many different first tokens matter more than long contexts.
     """
     steps = STEPS[preset]
     return Recipe(
@@ -27,8 +29,8 @@ def best(preset: str, given: Mapping[str, Any], *, bits: int) -> Recipe:
             {
                 "method": "blockwise",
                 "num_samples": WINDOWS[preset],
-                "seq_len": 128,
-                "batch_size": 2,
+                "seq_len": LENGTHS[preset],
+                "batch_size": BATCHES[preset],
                 "epochs": 1,
                 "learning_rate": 1.5e-2 if WINDOWS[preset] < 1000 else 5e-3,
                 "scale_learning_rate": 1e-2 if WINDOWS[preset] < 1000 else 5e-3,
