@@ -114,7 +114,7 @@ def parts(folder: Folder) -> list[dict[str, Any]]:
     return [
         {"part": part, "tensors": rows[part][0], "weights": rows[part][1], "bytes": rows[part][2]}
         for part in order
-        if part in rows
+        if part in rows and rows[part][2]  # a tied head of codes leaves an empty tensor
     ]
 
 

@@ -61,18 +61,20 @@ def measure(settings: Settings, device: str) -> Sizes:
 def _targets(model: Any, quant: Any) -> list[tuple[str, tuple[int, ...], Any]]:
     """Every weight that would be quantized: name, shape ``[..., out, in]``, spec."""
     from bitdistiller_peft.hub.modules import expert_parameters, is_experts, weight_shape
+    from bitdistiller_peft.tuner.tables import resolve_tables
     from bitdistiller_peft.tuner.targets import is_target, linear_like, resolve_targets
 
     resolve_targets(quant, model)
+    resolve_tables(quant, model)
+    modules = {name: module for name, module in linear_like(model) if is_target(quant, name)}
+    modules |= {name: model.get_submodule(name) for name in quant.table_bits}
     found: list[tuple[str, tuple[int, ...], Any]] = []
-    for name, module in linear_like(model):
-        if not is_target(quant, name):
-            continue
+    for name, module in modules.items():
         spec = quant.spec(name)
         if is_experts(module):
             shapes = [tuple(getattr(module, parameter).shape) for parameter in expert_parameters(module)]
         else:
-            shapes = [weight_shape(module)]
+            shapes = [tuple(module.weight.shape) if name in quant.table_bits else weight_shape(module)]
         try:
             for shape in shapes:
                 spec.param_shape(shape)  # refuses a group size that does not divide

@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import HfApi
 from transformers import AutoModelForCausalLM
 
+from bitdistiller_peft import BitDistillerConfig, get_bitdistiller_model
 from bitdistiller_peft.cli.verbs import estimate, serve
 from bitdistiller_peft.cli.yamlfile import plain, read_yaml
 from tests.cli.conftest import Command, chain_yaml
@@ -346,6 +347,20 @@ def test_estimate_knows_the_size_of_what_will_be_packed(
     assert found["weights"] == truth["weights"]
     assert found["bits_per_weight"] == pytest.approx(truth["bits_per_weight"], abs=1e-4)
     assert set(found["peak_bytes"]) == {"calibrate", "generate", "distill", "eval"}
+
+
+@pytest.mark.parametrize("kind", ["--embedding-bits", "--head-bits"])
+def test_estimate_counts_tables_of_codes(command: Command, base: Path, tmp_path: Path, kind: str) -> None:
+    student = get_bitdistiller_model(
+        AutoModelForCausalLM.from_pretrained(base),
+        BitDistillerConfig(group_size=32, **{kind[2:].replace("-", "_"): 8}),
+    )
+    student.pack_and_unload(progressbar=False).save_pretrained(tmp_path)
+    quant = ["--quant.group-size", "32", kind.replace("--", "--quant."), "8"]
+    found = command("estimate", "--model", base, *quant, "--device", "cpu", "--no-probe", "--json").json
+    truth = command("inspect", tmp_path, "--json").json
+    assert (found["packed_bytes"], found["weights"]) == (truth["bytes"], truth["weights"])
+    assert all(part["bytes"] for part in truth["parts"])
 
 
 def test_estimate_refuses_what_cannot_fit_and_names_the_setting_that_would(
