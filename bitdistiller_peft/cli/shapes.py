@@ -66,7 +66,7 @@ def _targets(model: Any, quant: Any) -> list[tuple[str, tuple[int, ...], Any]]:
 
     resolve_targets(quant, model)
     resolve_tables(quant, model)
-    modules = {name: module for name, module in linear_like(model) if is_target(quant, name)}
+    modules: dict[str, Any] = {name: module for name, module in linear_like(model) if is_target(quant, name)}
     modules |= {name: model.get_submodule(name) for name in quant.table_bits}
     found: list[tuple[str, tuple[int, ...], Any]] = []
     for name, module in modules.items():
