@@ -97,7 +97,7 @@ def test_inputs_come_from_the_student_and_targets_from_where_asked(
         original(self, options)
 
     monkeypatch.setattr(blockwise._Block, "_train", train)
-    monkeypatch.setattr(blockwise, "_fast_dtype", lambda like: nullcontext())
+    monkeypatch.setattr(blockwise, "_fast_dtype", lambda *of: nullcontext())
     model = student(models)
     run(model, targets="full", seed=3)
     base, _ = find_student(model)
@@ -229,9 +229,9 @@ def test_the_clip_search_looks_at_as_many_tokens_as_asked(
 ) -> None:
     looked: list[list[int]] = []
 
-    def watch(stages: Any, run_batch: Any, num_batches: int, *, stop: bool) -> None:
+    def watch(stages: Any, run_batch: Any, num_batches: int, **options: Any) -> None:
         looked.append([])
-        capture(stages, lambda index: (looked[-1].append(index), run_batch(index)), num_batches, stop=stop)
+        capture(stages, lambda index: (looked[-1].append(index), run_batch(index)), num_batches, **options)
 
     capture = sweep.capture
     monkeypatch.setattr(sweep, "capture", watch)

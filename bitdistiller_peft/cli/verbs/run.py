@@ -88,7 +88,7 @@ def _check_values(settings: Settings, chosen: list[str], console: Console) -> No
     """Values that only the library's own classes can judge."""
     models.student_config(settings)
     if "distill" in chosen:
-        placed = stages.placed(settings, "distill")
+        placed = stages.placed(settings.with_values(run__stages=chosen), "distill")  # a cache may have been added
         distill.training_arguments(placed, Path(placed["output"]), models.choose_device(settings, console))
 
 
