@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from bitdistiller_peft.calibration.awq import AwqSweep
 from bitdistiller_peft.calibration.blockwise import reconstruct
-from bitdistiller_peft.calibration.gptq_sweep import GptqSweep, check_learned_scales
+from bitdistiller_peft.calibration.gptq_sweep import GptqSweep, check_slots
 from bitdistiller_peft.calibration.options import AwqOptions, BlockwiseOptions, ClipOptions, GptqOptions, make_options
 from bitdistiller_peft.calibration.progress import Progress
 from bitdistiller_peft.calibration.ranks import share_of
@@ -93,12 +93,7 @@ def calibrate(
     chosen = make_options(method, options)
     base, slots = find_student(model)
     chosen.check_skip([slot.layer_name for slot in slots])
-    if isinstance(chosen, GptqOptions):
-        check_learned_scales(slots, chosen)
-    if getattr(chosen, "clip_search", True):
-        for slot in slots:
-            if not chosen.skips(slot.layer_name):
-                slot.check_searchable()
+    check_slots(slots, chosen)
     if chosen.needs_text:
         windows = token_windows(texts, tokenizer, num_samples, seq_len)
         check_length(base, windows.shape[1])

@@ -21,10 +21,10 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from bitdistiller_peft.calibration.blocks import BlockRunner, find_blocks
-from bitdistiller_peft.calibration.gptq_sweep import GptqSweep, check_learned_scales
+from bitdistiller_peft.calibration.gptq_sweep import GptqSweep, check_slots
 from bitdistiller_peft.calibration.options import ClipOptions, GptqOptions, make_options
 from bitdistiller_peft.calibration.result import CalibrationResult
-from bitdistiller_peft.calibration.slots import Display, Slot, slots_of
+from bitdistiller_peft.calibration.slots import Display, slots_of
 from bitdistiller_peft.calibration.sweep import Segment, Sweep, result_of, run_block
 from bitdistiller_peft.calibration.texts import batches_of, check_length, token_windows
 from bitdistiller_peft.errors import BitDistillerError, ConfigError, add_location
@@ -186,7 +186,7 @@ def _stream(
         for number, block in enumerate(blocks):
             layers = _read(base, block, config)
             slots = [slot for name, layer in layers for slot in slots_of(name, layer)]
-            _check(slots, options)
+            check_slots(slots, options)
             specs |= {slot.name: slot.spec.to_dict() for slot in slots}
             run = partial(run_block, runner, number, hidden)
             sweep.give_up(sweep.search(Segment(block.name, slots, run)))
@@ -202,15 +202,6 @@ def _stream(
             return_freed_memory()
             bar.update()
     return sweep, specs, packed
-
-
-def _check(slots: Sequence[Slot], options: ClipOptions) -> None:
-    if isinstance(options, GptqOptions):
-        check_learned_scales(slots, options)
-    if getattr(options, "clip_search", True):
-        for slot in slots:
-            if not options.skips(slot.layer_name):
-                slot.check_searchable()
 
 
 def _read(base: PreTrainedModel, block: _Block, config: BitDistillerConfig) -> list[tuple[str, BitDistillerLayer]]:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from bitdistiller_peft.calibration.gptq import Compensated, compensate
-from bitdistiller_peft.calibration.options import GptqOptions
+from bitdistiller_peft.calibration.options import ClipOptions, GptqOptions
 from bitdistiller_peft.calibration.slots import Display, Slot
 from bitdistiller_peft.calibration.sweep import Finding, Sweep, mean_factors
 from bitdistiller_peft.errors import BitDistillerError, ConfigError, add_location
@@ -70,7 +70,21 @@ class GptqSweep(Sweep):
         self._compensated[slot.name] = compensated._replace(values=torch.empty(0))
 
 
-def check_learned_scales(slots: Iterable[Slot], options: GptqOptions) -> None:
+def check_slots(slots: Sequence[Slot], options: ClipOptions) -> None:
+    """Refuse students that a method cannot calibrate.
+
+    Raises:
+        ConfigError: there is one; it is named.
+    """
+    if isinstance(options, GptqOptions):
+        _check_learned_scales(slots, options)
+    if getattr(options, "clip_search", True):
+        for slot in slots:
+            if not options.skips(slot.layer_name):
+                slot.check_searchable()
+
+
+def _check_learned_scales(slots: Sequence[Slot], options: GptqOptions) -> None:
     """Refuse students whose scales follow from their weights: they would not show the codes that were chosen.
 
     Raises:

@@ -69,6 +69,11 @@ class Backend(ABC):
         """Multiply ``[..., in]`` by a packed ``[out, in]`` weight: ``[..., out]`` in the dtype of the inputs."""
 
 
+def take_matrix(params: QuantParams, index: int) -> QuantParams:
+    """The parameters of one matrix of a stack."""
+    return QuantParams(*(None if tensor is None else tensor[index] for tensor in params))  # type: ignore[arg-type]
+
+
 _BACKENDS: dict[str, Backend] = {}
 _FORCED: ContextVar[str | None] = ContextVar("bitdistiller_backend", default=None)
 _default: list[str] = [os.environ.get(BACKEND_VARIABLE) or AUTO]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitdistiller_peft.kernels.backend import Backend, register_backend
+from bitdistiller_peft.kernels.backend import Backend, register_backend, take_matrix
 from bitdistiller_peft.packing import unpack_codes, unpack_row
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, dequantize
 
@@ -37,7 +37,7 @@ class ReferenceBackend(Backend):
         """Unpack and scale row tile by row tile; each value is rounded once, from fp32 to `dtype`."""
         if words.ndim > 2:
             matrices = [
-                self.dequantize(words[i], _take(params, i), spec, in_features, dtype) for i in range(words.shape[0])
+                self.dequantize(words[i], take_matrix(params, i), spec, in_features, dtype) for i in range(len(words))
             ]
             return torch.stack(matrices)
         num_groups = spec.param_shape((1, in_features))[-1]
@@ -63,10 +63,6 @@ def compute_dtype(inputs: Tensor) -> torch.dtype:
     # a device without autocast, such as "meta", may not even be asked whether it is on
     is_on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
     return torch.get_autocast_dtype(device) if is_on else inputs.dtype
-
-
-def _take(params: QuantParams, index: int) -> QuantParams:
-    return QuantParams(*(None if tensor is None else tensor[index] for tensor in params))  # type: ignore[arg-type]
 
 
 def _rows(params: QuantParams, rows: slice, spec: QuantSpec, num_groups: int) -> QuantParams:

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from bitdistiller_peft.kernels import fake_quantize, use_backend
-from bitdistiller_peft.quantizers import QuantSpec, find_params
-from tests.quantizers.samples import normal
+from bitdistiller_peft.quantizers import REFERENCE_SWEEPS, QuantSpec, Sweeps, find_params, to_groups
+from bitdistiller_peft.quantizers.affine import AffineQuantizer
+from tests.quantizers.samples import hard_weight, normal
 
 
 def results(backend: str, weight: Tensor, spec: QuantSpec, learned: dict[str, Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -38,3 +39,17 @@ def assert_same(backend: str, weight: Tensor, spec: QuantSpec, learned: dict[str
         assert float((got - want).abs().max()) <= 3e-6 * largest, f"{name}: {case}"
     if learned:
         assert torch.equal(grads[0], wanted_grads[0]), case  # no sum in it
+
+
+def assert_asks_the_quantizer(sweeps: Sweeps) -> None:
+    """A quantizer of one's own, which rounds in a way of its own, is asked itself."""
+
+    class Downwards(AffineQuantizer):
+        def quantize(self, groups, params, spec):  # type: ignore[no-untyped-def]
+            return super().quantize(groups - 0.25 * params.scale.float().unsqueeze(-1), params, spec)
+
+    spec, groups = QuantSpec.create("int", 2, group_size=12), to_groups(hard_weight(24), 12)
+    params = Downwards().find_params(groups, spec)
+    got = sweeps.values(Downwards(), groups, params, spec)
+    assert torch.equal(got, REFERENCE_SWEEPS.values(Downwards(), groups, params, spec))
+    assert not torch.equal(got, sweeps.values(AffineQuantizer(), groups, params, spec))

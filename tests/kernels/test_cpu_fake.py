@@ -12,10 +12,9 @@ from torch import Tensor
 from bitdistiller_peft.grids import AffineGrid, CodebookGrid
 from bitdistiller_peft.kernels.cpu import best_isa, fake
 from bitdistiller_peft.kernels.cpu.library import ISAS, load
-from bitdistiller_peft.quantizers import REFERENCE_SWEEPS, QuantSpec, to_groups
-from bitdistiller_peft.quantizers.affine import AffineQuantizer
+from bitdistiller_peft.quantizers import QuantSpec
 from tests.kernels import fakes
-from tests.kernels.fakes import results, shifted
+from tests.kernels.fakes import assert_asks_the_quantizer, results, shifted
 from tests.quantizers.samples import GRIDS, LOPSIDED, RESIDUAL_OPTIONS, hard_weight, normal
 
 pytestmark = pytest.mark.skipif(load() is None, reason="the CPU kernels cannot be compiled on this machine")
@@ -87,15 +86,7 @@ def test_lists_of_levels_of_ones_own(isa: str) -> None:
 
 
 def test_a_quantizer_of_ones_own_is_asked_itself() -> None:
-    class Downwards(AffineQuantizer):
-        def quantize(self, groups, params, spec):  # type: ignore[no-untyped-def]
-            return super().quantize(groups - 0.25 * params.scale.float().unsqueeze(-1), params, spec)
-
-    spec, groups = QuantSpec.create("int", 2, group_size=12), to_groups(hard_weight(24), 12)
-    params = Downwards().find_params(groups, spec)
-    got = fake.SWEEPS.values(Downwards(), groups, params, spec)
-    assert torch.equal(got, REFERENCE_SWEEPS.values(Downwards(), groups, params, spec))
-    assert not torch.equal(got, fake.SWEEPS.values(AffineQuantizer(), groups, params, spec))
+    assert_asks_the_quantizer(fake.SWEEPS)
 
 
 def test_the_first_of_equal_extremes_gets_the_gradient(isa: str) -> None:

@@ -7,9 +7,8 @@ import torch
 
 from bitdistiller_peft.grids import CodebookGrid
 from bitdistiller_peft.kernels.triton import fake, ops
-from bitdistiller_peft.quantizers import REFERENCE_SWEEPS, QuantSpec, to_groups
-from bitdistiller_peft.quantizers.affine import AffineQuantizer
-from tests.kernels.fakes import assert_same, results, shifted
+from bitdistiller_peft.quantizers import QuantSpec
+from tests.kernels.fakes import assert_asks_the_quantizer, assert_same, results, shifted
 from tests.quantizers.samples import GRIDS, LOPSIDED, RESIDUAL_OPTIONS, hard_weight, normal
 
 pytestmark = pytest.mark.skipif(
@@ -72,11 +71,4 @@ def test_the_programs_are_what_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_quantizer_of_ones_own_is_asked_itself() -> None:
-    class Downwards(AffineQuantizer):
-        def quantize(self, groups, params, spec):  # type: ignore[no-untyped-def]
-            return super().quantize(groups - 0.25 * params.scale.float().unsqueeze(-1), params, spec)
-
-    spec, groups = QuantSpec.create("int", 2, group_size=12), to_groups(hard_weight(24), 12)
-    params = Downwards().find_params(groups, spec)
-    got = fake.SWEEPS.values(Downwards(), groups, params, spec)
-    assert torch.equal(got, REFERENCE_SWEEPS.values(Downwards(), groups, params, spec))
+    assert_asks_the_quantizer(fake.SWEEPS)
