@@ -24,6 +24,7 @@ pytestmark = [
 
 MAX_SECONDS = 2.0
 MAX_GROWTH_MIB = 64
+PARSED = 6  # times its length is what JSON of short texts takes: its bytes, its text and its Python objects
 CANARY = "open({path!r}, 'w').close()\nclass Evil: pass\n"
 PROJECTION = "model.layers.0.mlp.down_proj"
 SYSTEM = "__import__('os').system('touch executed')"
@@ -176,7 +177,7 @@ def attack(folder: Path, original: Path, *, must_refuse: type[Exception] | None)
     assert "evil" not in sys.modules
     assert not watch.opened
     assert not watch.started
-    assert watch.growth_mib < MAX_GROWTH_MIB
+    assert watch.growth_mib < MAX_GROWTH_MIB + PARSED * (folder / d.CONFIG).stat().st_size / 2**20
     assert watch.seconds < MAX_SECONDS
 
 
