@@ -13,10 +13,8 @@ if TYPE_CHECKING:
     from bitdistiller_peft.evaluation import PerplexityResult, TaskResults
 
 TASK_HEADER = ("task", "model", "evaluated as", "score", "±", "samples", "few-shot")
-_TASK_SETTINGS = (
-    *("limit", "num_fewshot", "batch_size", "apply_chat_template", "task_folder", "data_folder"),
-    *("allow_code_execution", "allow_latent"),
-)
+_CHECKED = ("limit", "num_fewshot", "batch_size", "task_folder", "data_folder", "allow_code_execution")
+_TASK_SETTINGS = (*_CHECKED, "apply_chat_template", "allow_latent")
 
 
 def perplexity_of(model: Any, tokenizer: Any, text: str | list[str] | None, how: dict[str, Any]) -> Any:
@@ -46,12 +44,15 @@ def check_tasks(settings: Settings) -> None:
     """Refuse tasks that cannot be scored before any model is loaded.
 
     Raises:
-        ConfigError: lm-evaluation-harness is not installed.
+        ConfigError: lm-evaluation-harness is not installed, an unknown task, a number out of range, or a task that runs
+            code without leave.
+        DataError: a task without files in `eval.data_folder`.
     """
-    from bitdistiller_peft.evaluation.tasks import check_harness
+    from bitdistiller_peft.evaluation.tasks import check_tasks as check
 
-    if settings["eval.tasks"]:
-        check_harness()
+    values = settings.section("eval")
+    if values["tasks"]:
+        check(values["tasks"], **{key: values[key] for key in _CHECKED})
 
 
 def task_table(rows: Sequence[dict[str, Any]], *, as_markdown: bool = False) -> str:

@@ -8,7 +8,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,17 +80,15 @@ def evaluate_tasks(
     Example:
         >>> print(evaluate_tasks(model, tokenizer, ["arc_easy", "gsm8k"], limit=100))  # doctest: +SKIP
     """
-    names = [tasks] if isinstance(tasks, str) else list(tasks)
+    names = _names(tasks)
     _check(names, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
     state = detect_state(model, allow_latent=allow_latent)
     start = time.perf_counter()
-    folders = {"task_folder": task_folder, "data_folder": data_folder}
-    paths = {name: None if folder is None else Path(folder).expanduser() for name, folder in folders.items()}
     given = {"limit": limit, "num_fewshot": num_fewshot, "apply_chat_template": apply_chat_template}
     with (
         _quiet(),
         _consent(allow_code_execution),
-        open_tasks(names, **paths, allow_code_execution=allow_code_execution) as (manager, specs),
+        _opened(names, task_folder, data_folder, allow_code_execution) as (manager, specs),
         borrowed(model),
         _other_random_states(),
     ):
@@ -99,21 +97,56 @@ def evaluate_tasks(
     return TaskResults(_scores(raw), state, time.perf_counter() - start)
 
 
-def check_harness() -> None:
-    """Refuse to go on without lm-evaluation-harness.
+def check_tasks(
+    tasks: str | Sequence[str],
+    *,
+    limit: int | None = None,
+    num_fewshot: int | None = None,
+    batch_size: int = 1,
+    task_folder: str | Path | None = None,
+    data_folder: str | Path | None = None,
+    allow_code_execution: bool = False,
+) -> None:
+    """Refuse what `evaluate_tasks` would refuse, without a model: before one is loaded, or trained.
+
+    Args:
+        tasks: names of tasks, groups or tags.
+        limit: see `evaluate_tasks`, as the others.
+        num_fewshot: see there.
+        batch_size: see there.
+        task_folder: see there.
+        data_folder: see there.
+        allow_code_execution: see there.
 
     Raises:
-        ConfigError: it is not installed.
+        ConfigError: lm-eval is not installed, an unknown task, a number out of range, or a task that runs code
+            without leave.
+        DataError: a task without files in `data_folder`.
     """
+    names = _names(tasks)
+    _check(names, limit=limit, num_fewshot=num_fewshot, batch_size=batch_size)
+    with _quiet(), _opened(names, task_folder, data_folder, allow_code_execution):
+        pass
+
+
+def _names(tasks: str | Sequence[str]) -> list[str]:
+    return [tasks] if isinstance(tasks, str) else list(tasks)
+
+
+def _opened(
+    names: list[str], task_folder: str | Path | None, data_folder: str | Path | None, allow_code_execution: bool
+) -> AbstractContextManager[tuple[Any, list[str]]]:
+    folders = {"task_folder": task_folder, "data_folder": data_folder}
+    paths = {name: None if folder is None else Path(folder).expanduser() for name, folder in folders.items()}
+    return open_tasks(names, **paths, allow_code_execution=allow_code_execution)
+
+
+def _check(names: list[str], **numbers: int | None) -> None:
     if find_spec("lm_eval") is None:
         raise ConfigError(
             "`tasks` must not be given without lm-evaluation-harness: it is not installed. "
             "Run: pip install 'bitdistiller_peft[eval]'"
         )
-
-
-def _check(names: list[str], **numbers: int | None) -> None:
-    check_harness()
     if not names or not all(isinstance(name, str) and name for name in names):
         raise ConfigError(f"`tasks` must be names of tasks: got tasks={names!r}. Use tasks=['arc_easy'].")
     least = {"limit": 1, "num_fewshot": 0, "batch_size": 1}

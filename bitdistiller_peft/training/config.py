@@ -264,12 +264,13 @@ class DistillConfig(SFTConfig):
             if value is not None and value < 1
         ]
         return faults + [
-            f"`{name}` must not be negative: got {name}={value!r}. Use None for learning_rate, 0.0 to freeze."
-            for name, value in (
-                ("scale_learning_rate", self.scale_learning_rate),
-                ("zero_point_learning_rate", self.zero_point_learning_rate),
+            f"`{name}` must be finite and not negative: got {name}={value!r}. Use {usual}, or 0.0 to freeze."
+            for name, value, usual in (
+                ("learning_rate", self.learning_rate, "1e-5"),
+                ("scale_learning_rate", self.scale_learning_rate, "None for learning_rate"),
+                ("zero_point_learning_rate", self.zero_point_learning_rate, "None for learning_rate"),
             )
-            if value is not None and not value >= 0
+            if value is not None and not 0 <= value < math.inf
         ]
 
     def _weight_faults(self) -> list[str]:

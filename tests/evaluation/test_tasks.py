@@ -17,8 +17,10 @@ from peft import PeftModel
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from bitdistiller_peft import use_backend
+from bitdistiller_peft.cli.dispatch import main
 from bitdistiller_peft.errors import ConfigError, DataError
 from bitdistiller_peft.evaluation import evaluate_tasks
+from bitdistiller_peft.evaluation.tasks import check_tasks
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is an extra of its own, [eval]")
 pytestmark = pytest.mark.filterwarnings("default")  # of its dependencies
@@ -186,8 +188,24 @@ def test_humaneval_runs_from_files(model: PreTrainedModel, tokenizer: PreTrained
 def test_what_cannot_be_scored_is_refused(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tasks: Path, options: dict[str, Any], message: str
 ) -> None:
+    given = {"task_folder": tasks, **options}
     with pytest.raises((ConfigError, DataError), match=message):
-        evaluate_tasks(model, tokenizer, **{"task_folder": tasks, **options})
+        evaluate_tasks(model, tokenizer, **given)
+    if given["tasks"] != "missing":  # what data there is, only reading it tells
+        with pytest.raises(ConfigError, match=message):
+            check_tasks(**given)
+
+
+def test_tasks_are_judged_before_a_model_is_loaded(
+    tasks: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No model is at the named place; what is said first is about the tasks."""
+    nowhere = str(tmp_path / "nowhere")
+    for name, message in (("choise", "Did you mean 'choice'"), ("written", "allow_code_execution")):
+        assert main(["eval", nowhere, "--tasks", name, "--task-folder", str(tasks)]) == 2
+        assert message in capsys.readouterr().err
+    assert main(["eval", nowhere, "--tasks", "choice", "--task-folder", str(tasks)]) == 2
+    assert "nowhere" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import torch
 from transformers import set_seed
 from trl import ModelConfig, ScriptArguments, SFTConfig, TrlParser
 
+from bitdistiller_peft.errors import ConfigError
 from bitdistiller_peft.kernels import multiplies_bf16
 from bitdistiller_peft.training import DistillConfig, DistillTrainer
 from tests.training import helpers
@@ -95,6 +97,14 @@ def test_knobs_of_other_losses_move_the_student(bases: Path, tmp_path: Path, kno
     for run in runs:
         run.train()
     assert helpers.difference(*(helpers.weights(run.model) for run in runs)) > 0
+
+
+@pytest.mark.parametrize("rate", ["learning_rate", "scale_learning_rate", "zero_point_learning_rate"])
+@pytest.mark.parametrize("value", [-1e-5, math.nan, math.inf])
+def test_learning_rates_that_cannot_be_are_refused(tmp_path: Path, rate: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"`{rate}` must be finite and not negative"):
+        helpers.config(tmp_path, **{rate: value})
+    assert getattr(helpers.config(tmp_path, **{rate: 0.0}), rate) == 0.0
 
 
 @pytest.mark.parametrize("loss", ["cakld", "forward_kl", "reverse_kl", "jsd", "ce"])
