@@ -44,6 +44,7 @@ def _write(source: PackedSource, folder: Path, options: Options) -> None:
     for name, tensor in source.plain():
         _put(model, inputs[name], _as_float(_constant(name, tensor, tuple(tensor.shape))))
     model.validate_nodes_and_infer_types()
+    _name_by_place(model)
     openvino.serialize(model, folder / FILE_NAME)
     write_config(source, folder, {"dtype": "float32"})
 
@@ -62,6 +63,13 @@ def _put(model: Any, parameter: Any, value: Any) -> None:
         else:
             place.replace_source_output(value.output(0))
     model.remove_parameter(parameter)
+
+
+def _name_by_place(model: Any) -> None:
+    """Name what has no name of its own; OpenVINO would take a number that counts all nodes of the process."""
+    for place, node in enumerate(model.get_ordered_ops()):
+        if node.get_friendly_name() == node.get_name():
+            node.set_friendly_name(f"{node.get_type_name()}.{place}")
 
 
 def _compressed(weight: PackedWeight, bits: int) -> Any:

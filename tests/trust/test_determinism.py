@@ -16,6 +16,8 @@ from tests.training import helpers
 from tests.trust.stages import STAGES, calibrated, digest_of_files
 
 GetFolder = Callable[..., Path]
+FOUR_BITS = {"bits": 4, "grid": "int_sym", "group_size": 32}
+TERNARY = {"grid": "ternary", "group_size": "tensor", "activation_bits": 8, "scale_dtype": "float32"}
 METHODS = {"clip": {}, "gptq": {}, "awq": {}, "blockwise": {"epochs": 1}}
 
 
@@ -31,14 +33,16 @@ def test_a_calibration_gives_the_same_bytes_three_times(method: str, tmp_path: P
     assert len({calibrated(tmp_path / "bases", folder, method, **METHODS[method]) for folder in folders}) == 1
 
 
-@pytest.mark.parametrize("name", ["compressed-tensors", "gptq", "awq", "gguf", "dequantized"])
+@pytest.mark.parametrize(
+    "name", ["compressed-tensors", "gptq", "awq", "gguf", "dequantized", "onnx", "openvino", "bitnet"]
+)
 def test_an_export_gives_the_same_files_three_times(
     name: str, packed_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
-    source, digests = packed_folder("llama", bits=4, grid="int_sym", group_size=32), set()
+    source, digests = packed_folder("llama", **(TERNARY if name == "bitnet" else FOUR_BITS)), set()
     for number in range(3):
         export_model(source, name, tmp_path / str(number))
-        digests.add(digest_of_files(tmp_path / str(number), "*.safetensors", "*.json", "*.gguf"))
+        digests.add(digest_of_files(tmp_path / str(number), "*"))
     assert len(digests) == 1
 
 
