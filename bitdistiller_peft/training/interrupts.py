@@ -18,6 +18,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 logger = logging.getLogger(__name__)
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+INTERRUPTED = 130  # a process's status after either: stopped, and all saved
 
 
 class GracefulStop(TrainerCallback):
@@ -45,16 +46,16 @@ class GracefulStop(TrainerCallback):
             self._give_back()
 
     def leave(self) -> None:
-        """End the process if a signal asked for it, as that signal would: call it when everything is saved.
+        """End the process if a signal asked for it: call it when everything is saved.
 
         Raises:
-            SystemExit: after SIGTERM, with status 143.
-            KeyboardInterrupt: after Ctrl-C; uncaught, Python's status is 130.
+            SystemExit: after SIGTERM, with status 130.
+            KeyboardInterrupt: after Ctrl-C; uncaught, the status is 130 too.
         """
         if self.received == signal.SIGINT:
             raise KeyboardInterrupt
         if self.received is not None:
-            raise SystemExit(128 + self.received)
+            raise SystemExit(INTERRUPTED)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Save and stop if a signal came, to this rank or to another."""

@@ -189,7 +189,7 @@ class DistillTrainer(SFTTrainer):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train, as `Trainer.train` does; gamma is estimated before the first step, or taken from the checkpoint.
 
-        SIGTERM and Ctrl-C finish the step and save it first, then end the process (status 143 and 130).
+        SIGTERM and Ctrl-C finish the step and save it first, then end the process with status 130.
 
         Args:
             resume_from_checkpoint: a checkpoint; True for the newest whole one in `output_dir`; `"auto"` for that, or

@@ -51,7 +51,7 @@ def interruptible() -> Iterator[None]:
 
 @pytest.mark.parametrize(
     ("number", "error", "status"),
-    [(signal.SIGTERM, SystemExit, 143), (signal.SIGINT, KeyboardInterrupt, None)],
+    [(signal.SIGTERM, SystemExit, 130), (signal.SIGINT, KeyboardInterrupt, None)],
     ids=["sigterm", "ctrl-c"],
 )
 def test_a_signal_finishes_the_step_and_saves_and_the_run_goes_on_to_the_last_bit(
