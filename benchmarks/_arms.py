@@ -55,6 +55,7 @@ class Arm:
         blockwise: share of the tokens spent block by block, and its options.
         training: fields of `DistillConfig` for the rest of the tokens, and `step_tokens` where those are its own.
         share: of `--tokens`, all in all; 0 for rows that only look at text, or not even that.
+        peer: another package's way, of `benchmarks._quality_peers`, in place of all that.
         is_own_text: train on what the full-precision model writes, not on the plain texts.
     """
 
@@ -65,6 +66,7 @@ class Arm:
     blockwise: tuple[float, dict[str, Any]] | None = None
     training: dict[str, Any] | None = None
     share: float = 1.0
+    peer: str = ""
     is_own_text: bool = False
 
 

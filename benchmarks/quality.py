@@ -25,7 +25,7 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from benchmarks import _arms
+from benchmarks import _arms, _quality_peers
 from benchmarks._arms import CHUNKS, MIN_MAX, SEQ_LEN, Arm
 from benchmarks._results import figure, table
 from bitdistiller_peft import calibrate
@@ -99,10 +99,14 @@ ARMS = {
         blockwise=(0.5, OURS),
         training=END_TO_END,
     ),
+    "balanced-norms": Arm({**LEARNED, "train_other": "norms"}, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-embedding8": Arm({**LEARNED, "embedding_bits": 8}, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-embedding4": Arm({**LEARNED, "embedding_bits": 4}, blockwise=(0.5, OURS), training=END_TO_END),
+    # other people's packages, which have to be installed
+    "autoround": Arm(peer="autoround"),
+    "torchao-qat": Arm(peer="torchao", training={"learning_rate": 5e-5}),
 }
-NOT_BY_DEFAULT = tuple(name for name in ARMS if name.startswith(("balanced-", "fast-")))
+NOT_BY_DEFAULT = tuple(name for name, arm in ARMS.items() if arm.peer or name.startswith(("balanced-", "fast-")))
 
 
 class Bench(_arms.Bench):
@@ -113,8 +117,10 @@ class Bench(_arms.Bench):
         set_seed(self.options.seed)
         started, started_cpu = time.perf_counter(), time.process_time()
         model = self.load()
-        tokens = 0
-        if name != "full_precision":
+        tokens, peer = 0, name != "full_precision" and ARMS[name].peer
+        if peer:
+            model, tokens = self.of_peer(model, ARMS[name])
+        elif name != "full_precision":
             model, tokens = self.student(model, ARMS[name])
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
         scores = {f"ppl_{key}": self.perplexity(model, text) for key, text in self.eval_texts.items()}
@@ -122,7 +128,7 @@ class Bench(_arms.Bench):
         divergence = None if name == "full_precision" else self.divergence(model, first, KL_CHUNKS)
         return {
             "row": name,
-            "bits_per_weight": _arms.stored_bits(model),
+            "bits_per_weight": self._peer_bits(model) if peer else _arms.stored_bits(model),
             **scores,
             "kl": divergence.mean_kl_nats if divergence else 0.0,
             "kl_p95": divergence.p95_kl_nats if divergence else 0.0,
@@ -160,6 +166,19 @@ class Bench(_arms.Bench):
             self.train(student, self.windows(budget)[:, used:], steps, arm.training)
             used += steps * step_tokens
         return student.pack_and_unload(), used
+
+    def of_peer(self, model: nn.Module, arm: Arm) -> tuple[nn.Module, int]:
+        """Let another package do it, on the same windows; also returns their tokens."""
+        options, windows = self.options, self.windows(self.options.tokens)[:, : self.options.tokens]
+        how = {"bits": options.bits, "group_size": options.group_size}
+        if arm.peer == "autoround":
+            return _quality_peers.autoround(model, self.tokenizer, windows, **how), windows.shape[1]
+        rows = windows.reshape(-1, SEQ_LEN)
+        how |= {"batch_size": STEP_TOKENS // SEQ_LEN, "seed": options.seed, **(arm.training or {})}
+        return _quality_peers.torchao_qat(model, rows, **how), windows.shape[1]
+
+    def _peer_bits(self, model: nn.Module) -> float:
+        return _quality_peers.bits_of(model, bits=self.options.bits, group_size=self.options.group_size)
 
 
 ORIGINAL = ("bitdistiller", "bitdistiller-lr5e-5", "bitdistiller-lr2e-4")
