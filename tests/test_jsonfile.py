@@ -41,6 +41,8 @@ def test_entries_are_told_apart_by_their_kinds() -> None:
 
 def test_numbers_that_overflow_are_no_numbers() -> None:
     assert is_of_kind(2**63 - 1, int)
+    assert is_of_kind(-(2**63) + 1, int)
+    assert is_of_kind(7, float)
     assert not is_of_kind(2**63, int)
     assert not is_of_kind(-(2**63), float)
     assert is_of_kind(1e300, float)

@@ -62,7 +62,7 @@ def test_a_divergence_that_sums_too_far_is_refused(registered: str) -> None:
 
 @pytest.mark.parametrize("name", ["tv2", "forward_kl", "jsd", "cakld", "ce", "mixture", "confidence", "loss"])
 def test_no_name_is_given_twice(name: str, registered: str) -> None:
-    with pytest.raises(ConfigError, match=f"`name` must be new: got name='{name}'"):
+    with pytest.raises(ConfigError, match=rf"`name` must be new: got name='{name}'\. Names in use: \[.*'jsd'"):
         register_divergence(name, total_variation_squared)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -39,6 +40,25 @@ codebook_specs = st.builds(
     st.sampled_from([-1, 1, 4, 6, 12, "tensor"]),
     st.sampled_from(SCALE_DTYPES),
 )
+
+
+@each_codebook
+@pytest.mark.parametrize("make", [lambda spec: hard_weight(), ties], ids=["hard", "ties"])
+def test_torchs_default_dtype_changes_nothing(grid: object, make: Callable[[QuantSpec], Tensor]) -> None:
+    spec = QuantSpec(grid, -1, torch.float16)
+    weight = make(spec)
+    params = find_params(weight, spec)
+    expected = (quantize(weight, params, spec), fake_quantize(weight, spec))
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = find_params(weight, spec)
+        found = (quantize(weight, again, spec), fake_quantize(weight, spec))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.scale.equal(params.scale)
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == other.dtype
+        assert one.equal(other)
 
 
 @each_codebook

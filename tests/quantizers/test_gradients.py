@@ -101,6 +101,19 @@ def test_the_exact_gradient_follows_the_side_that_set_a_bounded_scale(bounds: tu
     assert_gradients_agree(weight, spec)
 
 
+@pytest.mark.parametrize("order", [1.0, -1.0], ids=["high-first", "low-first"])
+@pytest.mark.parametrize("bits", [2, 4])
+def test_of_two_extremes_of_one_size_the_first_moves_a_symmetric_scale(bits: int, order: float) -> None:
+    # a power of two of steps, so that no rounding error decides
+    size = (2**bits - 1) / 2
+    weight = order * torch.tensor([[0.25, size, -size, 0.5]])
+    spec = QuantSpec.create("int_sym", bits, group_size=-1, scale_dtype="float32")
+    assert_gradients_agree(weight, spec)
+    first = weight.clone().requires_grad_()
+    fake_quantize(first, spec)[0, 3].backward()  # far from both ends: only the scale carries it there
+    assert first.grad[0, 1] != 0 == first.grad[0, 2]
+
+
 @pytest.mark.parametrize(("bounds", "sign"), [((3, 3), 1.0), ((0, 0), -1.0)])
 def test_a_constant_scale_passes_no_gradient_to_the_extremes(bounds: tuple[int, int], sign: float) -> None:
     # the zero point leaves no codes on the side where the weights are: nothing sets the scale, it is 1
