@@ -112,16 +112,14 @@ def check_headers(model: nn.Module, files: list[str] | None, in_features: dict[s
     for path in map(Path, files or []):
         if path.suffix == ".safetensors":
             on_disk |= {name: (path.name, entry) for name, entry in read_header(path)[0].items()}
-    quantized: set[str] = set()
     for module_name, module, name, spec in iter_quantized(model):
         full_name = f"{module_name}.{name}"
         if full_name in in_features:
-            quantized |= {full_name + suffix for suffix in ("", *SUFFIXES)}
             shape = (*getattr(module, name).shape[:-1], in_features[full_name])
             _check_layout(full_name, packed_layout(spec, shape), spec, on_disk)
         _check_no_stray_norm(module_name, module, on_disk)
     for name, parameter in model.named_parameters():
-        if name in on_disk and name not in quantized:
+        if name in on_disk:
             _check_plain(name, parameter, on_disk)
     if _is_whole(model):
         _check_left_over(model, on_disk)

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from bitdistiller_peft import BitDistillerQuantConfig
 from bitdistiller_peft.errors import CheckpointError, ConfigError
-from bitdistiller_peft.hub import MANIFEST_NAME
+from bitdistiller_peft.hub import MANIFEST_NAME, checkpoint
 from tests.hub.models import WEIGHTS, Saved, copy_of, edit_config, edit_tensors, logits
 from tests.tiny import load, save_base
 
@@ -344,3 +344,43 @@ def test_a_folder_that_cannot_be_written_is_refused_once_and_nothing_is_lost(sav
     assert torch.equal(logits(original.model), original.logits)
     original.model.save_pretrained(tmp_path / "model")
     assert torch.equal(logits(load(tmp_path / "model")), original.logits)
+
+
+# -------------------------------------------------------------------------------------------------------- from the Hub
+
+
+@pytest.mark.parametrize("inside", ["", "two/deep"])
+def test_a_models_manifest_is_fetched_from_the_hub_to_its_weights(
+    saved: GetSaved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    """`from_pretrained` fetches weights into a snapshot; the manifest is asked for by the name that the cache has."""
+    folder = copy_of(
+        saved("llama").folder, tmp_path / "hub" / "models--some-one--a-model" / "snapshots" / "c0ffee" / inside
+    )
+    manifest = (folder / MANIFEST_NAME).read_bytes()
+    (folder / MANIFEST_NAME).unlink()
+    asked: list[tuple[object, ...]] = []
+
+    def download(repo: str, name: str, **where: object) -> None:
+        asked.append((repo, name, where))
+        (folder / MANIFEST_NAME).write_bytes(manifest)
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    for _ in range(2):  # the second time it is there
+        checkpoint.check_files([str(folder / WEIGHTS)], "some-one/a-model", "fast")
+    where = {"subfolder": inside or None, "revision": "c0ffee", "cache_dir": tmp_path / "hub"}
+    assert asked == [("some-one/a-model", MANIFEST_NAME, where)]
+
+
+def test_a_manifest_that_the_hub_does_not_have_is_missed(
+    saved: GetSaved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copy_of(saved("llama").folder, tmp_path / "models--me--model" / "snapshots" / "c0ffee")
+    (folder / MANIFEST_NAME).unlink()
+
+    def download(*args: object, **where: object) -> None:
+        raise OSError("no such file")
+
+    monkeypatch.setattr(checkpoint, "hf_hub_download", download)
+    with pytest.warns(UserWarning, match=f"{MANIFEST_NAME} is missing beside {WEIGHTS}"):
+        checkpoint.check_files([str(folder / WEIGHTS)], "me/model", "fast")
