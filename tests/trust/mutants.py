@@ -2,7 +2,7 @@
 
     python tests/trust/mutants.py report            after `make mutation`; status 1 below 80 %
     python tests/trust/mutants.py sample 300 7      names of 300 mutants, drawn with seed 7, one a line
-    python tests/trust/mutants.py retry             those whose run ended in an error of mutmut's own, without mutmut
+    python tests/trust/mutants.py retry             those that mutmut did not judge, or found slow, with plain pytest
 
 Mutants that no test runs count as survivors, and so do those whose run failed. Some are recognised by comparing syntax
 trees: they only change the text of a message, or where a tensor is made, which a machine without an accelerator cannot
@@ -26,6 +26,8 @@ FOLDER = Path("mutants/bitdistiller_peft")
 REASONS = Path(__file__).with_name("survivors.json")
 ASKED = 0.8
 SURVIVED, NO_TEST, NOT_RUN = 0, 33, 255
+TIMED_OUT, OUT_OF_TIME = 36, (36, 24, -24, 152)  # on a busy machine that says nothing: such mutants are tried again
+PATIENCE = 900  # seconds; tests that take longer hang, and a mutant that makes them hang is noticed
 MESSAGE = "only the text of a message differs"
 DEVICE = "only the device differs, and there is only one"
 AXIS = "the axis is counted from the front, and there are two"
@@ -57,21 +59,28 @@ def sample(names: list[str], count: int, seed: int) -> list[str]:
 
 
 def retry(folder: Path = FOLDER) -> None:
-    """Run the mutants that mutmut did not get to run with plain pytest, and write down what became of them.
+    """Run the mutants that mutmut did not get to run, or to its end, with plain pytest; write down what became of them.
 
     mutmut's worker ends with 255 where anything is raised in it, as often happens when `pytest.raises` sees no error.
     """
     tests = json.loads((folder.parent / "mutmut-stats.json").read_text())["tests_by_mangled_function_name"]
-    for mutant in [found for found in mutants(folder) if found.exit_code == NOT_RUN]:
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist"]
-        chosen = tests[mutant.name.rpartition("__mutmut_")[0]]
-        environment = os.environ | {"MUTANT_UNDER_TEST": mutant.name}
-        code = subprocess.run(command + chosen, cwd=folder.parent, env=environment, capture_output=True).returncode
+    for mutant in [found for found in mutants(folder) if found.exit_code in (NOT_RUN, *OUT_OF_TIME)]:
+        code = _run(mutant, tests[mutant.name.rpartition("__mutmut_")[0]], folder.parent)
         print(code, mutant.name, flush=True)
         meta = mutant.source.with_name(f"{mutant.source.name}.meta")
         content = json.loads(meta.read_text())
-        content["exit_code_by_key"][mutant.name] = code if code in (0, 1) else NOT_RUN
+        content["exit_code_by_key"][mutant.name] = code if code in (SURVIVED, 1, TIMED_OUT) else NOT_RUN
         meta.write_text(json.dumps(content))
+
+
+def _run(mutant: Mutant, tests: list[str], folder: Path) -> int:
+    """Pytest's status, or that of a mutant that hangs."""
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", *tests]
+    environment = os.environ | {"MUTANT_UNDER_TEST": mutant.name}
+    try:
+        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=PATIENCE).returncode
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT
 
 
 # ------------------------------------------------------------------------------------------------------------ reasons

@@ -179,6 +179,30 @@ def test_four_of_five_are_enough_and_those_not_tried_do_not_count(folder: Path, 
     assert judge(m1=None, m2=None, m3=None, m4=None) == 1
 
 
+PLAIN = """
+import os, time
+
+def test_it():
+    mutant = os.environ["MUTANT_UNDER_TEST"][-1]
+    if mutant == "3":
+        time.sleep(60)
+    assert mutant != "1"
+"""
+
+
+def test_what_mutmut_did_not_judge_is_tried_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mutants, "PATIENCE", 10)
+    package = verdicts(folder, m1=255, m2=36, m3=-24, m4=1)
+    (tmp_path / "test_f.py").write_text(PLAIN)
+    stats = {"tests_by_mangled_function_name": {"bitdistiller_peft.packing.f.x_f": ["test_f.py::test_it"]}}
+    (tmp_path / "mutmut-stats.json").write_text(json.dumps(stats))
+    mutants.retry(package)
+    found = {mutant.name[-1]: mutant.exit_code for mutant in mutants.mutants(package)}
+    assert found == {"1": 1, "2": 0, "3": mutants.TIMED_OUT, "4": 1}
+
+
 def test_a_sample_is_the_same_for_the_same_seed() -> None:
     names = [f"m{i}" for i in range(100)]
     assert mutants.sample(names, 10, 1) == mutants.sample(names[::-1], 10, 1) != mutants.sample(names, 10, 2)
