@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from bitdistiller_peft import BitDistillerQuantConfig
-from bitdistiller_peft.errors import CheckpointError, ConfigError
+from bitdistiller_peft.errors import CheckpointError, ChecksumError, ConfigError
 from bitdistiller_peft.hub import MANIFEST_NAME, checkpoint
 from tests.hub.models import WEIGHTS, Saved, copy_of, edit_config, edit_tensors, logits
 from tests.tiny import load, save_base
@@ -384,3 +384,15 @@ def test_a_manifest_that_the_hub_does_not_have_is_missed(
     monkeypatch.setattr(checkpoint, "hf_hub_download", download)
     with pytest.warns(UserWarning, match=f"{MANIFEST_NAME} is missing beside {WEIGHTS}"):
         checkpoint.check_files([str(folder / WEIGHTS)], "me/model", "fast")
+
+
+def test_without_verification_nothing_is_compared_and_that_is_said(saved: GetSaved, tmp_path: Path) -> None:
+    folder = copy_of(saved("llama").folder, tmp_path / "model")
+    content = bytearray((folder / WEIGHTS).read_bytes())
+    content[-1] ^= 1
+    (folder / WEIGHTS).write_bytes(content)
+    with pytest.raises(ChecksumError):
+        checkpoint.check_files([str(folder / WEIGHTS)], str(folder), "fast")
+    with pytest.warns(UserWarning, match="without verification") as said:
+        checkpoint.check_files([str(folder / WEIGHTS)], str(folder), "none")
+    assert len(said) == 1
