@@ -53,7 +53,8 @@ class Arm:
         method: another way to calibrate on the same windows, `"gptq"` or `"awq"`.
         method_options: its options.
         blockwise: share of the tokens spent block by block, and its options.
-        training: fields of `DistillConfig` for the rest of the tokens, and `step_tokens` where those are its own.
+        training: fields of `DistillConfig` for the rest of the tokens, and `step_tokens` and `seq_len`, the tokens of a
+            step and of a window, where those are its own.
         share: of `--tokens`, all in all; 0 for rows that only look at text, or not even that.
         peer: another package's way, of `benchmarks._quality_peers`, in place of all that.
         is_own_text: train on what the full-precision model writes, not on the plain texts.
@@ -131,15 +132,15 @@ class Bench:
     ) -> list[dict[str, float]]:
         """Train end to end on the first `steps` of a row of tokens; return the trainer's log."""
         values = dict(values)
-        step_tokens = values.pop("step_tokens", self.step_tokens)
+        step_tokens, seq_len = values.pop("step_tokens", self.step_tokens), values.pop("seq_len", SEQ_LEN)
         ids = ids[:, : steps * step_tokens]
-        rows = ids[:, : ids.shape[1] // SEQ_LEN * SEQ_LEN].reshape(-1, SEQ_LEN)
+        rows = ids[:, : ids.shape[1] // seq_len * seq_len].reshape(-1, seq_len)
         common: dict[str, Any] = {"lr_scheduler_type": "cosine", "gamma_num_batches": 4}
         common["logging_steps"] = max(1, steps // 8)
         with tempfile.TemporaryDirectory() as folder:
             args = DistillConfig(
-                output_dir=folder, max_steps=steps, per_device_train_batch_size=step_tokens // SEQ_LEN,
-                max_length=SEQ_LEN, gradient_checkpointing=False, save_strategy="no", report_to="none",
+                output_dir=folder, max_steps=steps, per_device_train_batch_size=step_tokens // seq_len,
+                max_length=seq_len, gradient_checkpointing=False, save_strategy="no", report_to="none",
                 use_cpu=not torch.cuda.is_available(), seed=self.options.seed, **common | _with_warmup(values, steps),
             )  # fmt: skip
             data = Dataset.from_dict({"input_ids": rows.tolist()})

@@ -40,15 +40,17 @@ SHORT = {**OURS, "seq_len": 64, "batch_size": 1}  # without an end-to-end stage,
 STAGES = (("q_proj", "k_proj"), ("v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
 PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
 GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
-# half of the tokens end to end, in small steps, with rates that move codes
+# half of the tokens end to end, in many small steps, with rates that move codes
 END_TO_END = {
     "loss_type": "cakld",
-    "learning_rate": 5e-4,
-    "scale_learning_rate": 5e-4,
+    "learning_rate": 3e-4,
+    "scale_learning_rate": 3e-4,
     "zero_point_learning_rate": 5e-3,
     "warmup_ratio": 0.2,
-    "step_tokens": 512,
+    "seq_len": 128,
+    "step_tokens": 128,
 }
+LARGER_STEPS = {**END_TO_END, "learning_rate": 5e-4, "scale_learning_rate": 5e-4, "seq_len": 512, "step_tokens": 512}
 
 ARMS = {
     "rtn": Arm(MIN_MAX, share=0.0),
@@ -78,6 +80,8 @@ ARMS = {
     "balanced-no-clip": Arm(LEARNED, blockwise=(0.5, {**OURS, "clip_search": False}), training=END_TO_END),
     "balanced-fixed-zero-point": Arm({}, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-gentle": Arm(LEARNED, blockwise=(0.8, OURS), training=GENTLE),  # what `balanced` was before
+    "balanced-larger-steps": Arm(LEARNED, blockwise=(0.5, OURS), training=LARGER_STEPS),
+    "balanced-hidden": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, "hidden_weight": 1.0}),
     "balanced-end-to-end-only": Arm(LEARNED, clip=True, training=END_TO_END),
     "balanced-blockwise-only": Arm(LEARNED, blockwise=(1.0, OURS)),
     "balanced-forward-kl": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, "loss_type": "forward_kl"}),
