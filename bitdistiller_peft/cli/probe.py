@@ -155,7 +155,7 @@ _WORK: dict[str, tuple[Work, Callable[[Settings], tuple[int, int]]]] = {
 
 
 def _time(work: Callable[[], object], device: str) -> float:
-    """Seconds of the faster of two runs, after a first: what else the machine does must not look like a block's cost."""
+    """Seconds of the faster of two runs after a first: other work on the machine must not look like a block's cost."""
     _run(work, device)
     return min(_run(work, device) for _ in range(2))
 
