@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from bitdistiller_peft.errors import ScaleRangeError
 from bitdistiller_peft.grids import get_grid
 from bitdistiller_peft.quantizers import (
     QuantSpec,
@@ -195,3 +196,12 @@ def test_an_asymmetric_grid_refuses_parameters_without_zero_points() -> None:
     params = find_params(torch.ones(1, 4), spec)._replace(zero_point=None)
     with pytest.raises(TypeError, match="needs zero points"):
         quantize(torch.ones(1, 4), params, spec)
+
+
+@pytest.mark.parametrize("options", [{"grid": "int_sym"}, {"grid": "int", "zero_point_range": (1, 2)}], ids=str)
+def test_a_scale_whose_outermost_level_overflows_is_refused(options: dict[str, object]) -> None:
+    spec = QuantSpec.create(bits=2, group_size=-1, scale_dtype="float32", **options)
+    fits, too_large = torch.tensor([[1e38, -1.0, 0.0, 0.5]]), torch.tensor([[3.3e38, -1.0, 0.0, 0.5]])
+    assert bool(fake_quantize(fits, spec).isfinite().all())
+    with pytest.raises(ScaleRangeError, match="overflow"):  # the scale itself is a number
+        find_params(too_large, spec)

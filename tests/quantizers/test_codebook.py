@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitdistiller_peft.errors import ScaleRangeError
-from bitdistiller_peft.grids import get_grid
+from bitdistiller_peft.grids import CodebookGrid, get_grid
 from bitdistiller_peft.quantizers import QuantSpec, dequantize, fake_quantize, find_params, quantize
 from bitdistiller_peft.quantizers.codebook import CodebookQuantizer
 from tests.quantizers.samples import (
@@ -202,3 +202,12 @@ def test_a_weight_at_the_end_of_fp32_is_refused_or_met(grid: object, sign: int, 
         return
     assert bool(values.isfinite().all())
     torch.testing.assert_close(values, weight, rtol=0.02, atol=0)
+
+
+@pytest.mark.parametrize("levels", [(-3.0, -1.0, 0.0, 0.25, 0.5), (-0.5, -0.25, 0.0, 1.0, 3.0)], ids=["low", "high"])
+def test_of_two_ends_the_farther_one_must_be_a_number(levels: tuple[float, ...]) -> None:
+    spec = QuantSpec(CodebookGrid("one-sided", 3, levels=levels, is_symmetric=True), -1, torch.float32)
+    short = 0.5 if levels[-1] == 0.5 else -0.5
+    assert bool(fake_quantize(torch.tensor([[short * 1e38, 0.0]]), spec).isfinite().all())
+    with pytest.raises(ScaleRangeError, match="overflow"):  # the far end lies at 3 * 3e38
+        find_params(torch.tensor([[short * 3e38, 0.0]]), spec)

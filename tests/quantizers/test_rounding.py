@@ -45,6 +45,17 @@ def test_rounding_to_nearest_is_exact_at_every_edge(scale_dtype: str) -> None:
     assert round_scale_nearest(scales, dtype).double().tolist() == wanted
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spare_bits", [1, 2, 3])
+def test_spare_bits_are_zero_and_rounded_to_nearest(dtype: torch.dtype, spare_bits: int) -> None:
+    stored = torch.arange(1, 0x7C00 if dtype == torch.float16 else 0x7F80, dtype=torch.int16).view(dtype)
+    stored = stored[stored >= torch.finfo(dtype).tiny]
+    found = round_scale_nearest(stored.float(), dtype, spare_bits=spare_bits)
+    step = 1 << spare_bits
+    wanted = [(pattern + step // 2) // step * step for pattern in stored.view(torch.int16).tolist()]  # half-way: up
+    assert found.view(torch.int16).tolist() == wanted
+
+
 @given(scales=st.lists(non_negative, min_size=1, max_size=8), scale_dtype=st.sampled_from(SCALE_DTYPES))
 def test_any_scale_is_rounded_up_to_the_next_number_of_its_dtype(scales: list[float], scale_dtype: str) -> None:
     wanted = [reference.store_up(scale, scale_dtype) for scale in scales]
