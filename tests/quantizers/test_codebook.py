@@ -42,8 +42,16 @@ codebook_specs = st.builds(
 )
 
 
-@each_codebook
-@pytest.mark.parametrize("make", [lambda spec: hard_weight(), ties], ids=["hard", "ties"])
+def midpoints_in_fp32(spec: QuantSpec) -> Tensor:
+    """At scale 1; most are not half-way any more, which a comparison in fp64 would see."""
+    return torch.tensor([[spec.grid.levels[0], spec.grid.levels[-1], *spec.grid.midpoints]])
+
+
+MANY = CodebookGrid("thirds", 6, levels=tuple(float(torch.tensor(k / 3)) for k in range(-31, 32)))
+
+
+@pytest.mark.parametrize("grid", [*CODEBOOKS, MANY], ids=lambda grid: f"{grid.name}-{grid.bits}")
+@pytest.mark.parametrize("make", [lambda spec: hard_weight(), midpoints_in_fp32], ids=["hard", "midpoints"])
 def test_torchs_default_dtype_changes_nothing(grid: object, make: Callable[[QuantSpec], Tensor]) -> None:
     spec = QuantSpec(grid, -1, torch.float16)
     weight = make(spec)
