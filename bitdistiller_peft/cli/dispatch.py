@@ -103,10 +103,10 @@ def _run(name: str, rest: list[str]) -> int:
     from bitdistiller_peft.cli.parse import full_help, parse
     from bitdistiller_peft.cli.verb import Console
 
-    verb: Verb = import_module(f"bitdistiller_peft.cli.verbs.{name.replace('-', '_')}").VERB
     extra: dict[str, Any] = {"debug": "--debug" in rest, "json": "--json" in rest}
     settings: Settings | None = None
     try:
+        verb: Verb = import_module(f"bitdistiller_peft.cli.verbs.{name.replace('-', '_')}").VERB
         if "--help-all" in rest:
             sys.stdout.write(full_help(verb))
             return OK

@@ -45,6 +45,27 @@ def seed_all(settings: Settings) -> None:
     set_seed(settings["seed"])
 
 
+def check_source(source: str, key: str = "model") -> None:
+    """Refuse a place that cannot be a model's; names on the Hub are not asked for.
+
+    Args:
+        source: folder or Hub name.
+        key: what it is called in messages.
+
+    Raises:
+        ConfigError: there is no such folder.
+        CheckpointError: the folder holds no model, or a damaged file of weights.
+    """
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        if source.startswith((".", "/", "~")):
+            raise ConfigError(f"`{key}` must be a folder that exists, or a name on the Hub: got {source!r}.")
+        return
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{folder} must hold a model: it has no config.json. Name the folder of a model.")
+    _check_headers(folder)
+
+
 def load_full_precision(settings: Settings, device: str) -> Any:
     """The model of `model:`, as it was published.
 
@@ -95,8 +116,7 @@ def load_any(source: str, settings: Settings, device: str, *, key: str = "model"
     source = model_folder(source)
     if (Path(source) / ADAPTER).is_file():
         return _load_student(Path(source), settings, device, is_trainable=is_trainable)
-    revision = settings["revision"] if source == settings["model"] else None
-    return _load_plain(source, settings, device, key=key, revision=revision)
+    return _load_plain(source, settings, device, key=key, revision=_revision_of(source, settings))
 
 
 def model_folder(source: str, prefer: tuple[str, ...] = ("packed", "student")) -> str:
@@ -113,8 +133,12 @@ def model_folder(source: str, prefer: tuple[str, ...] = ("packed", "student")) -
     return source
 
 
-def load_tokenizer(*sources: str | None) -> Any:
+def load_tokenizer(*sources: str | None, settings: Settings | None = None) -> Any:
     """The tokenizer of the first source that has one.
+
+    Args:
+        sources: folders or Hub names, best first.
+        settings: for the revision of `model:`.
 
     Raises:
         ConfigError: none has.
@@ -126,10 +150,15 @@ def load_tokenizer(*sources: str | None) -> Any:
         if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
             continue
         try:
-            return AutoTokenizer.from_pretrained(source)
+            return AutoTokenizer.from_pretrained(source, revision=_revision_of(source, settings))
         except (OSError, ValueError):
             continue
     raise ConfigError(f"a tokenizer must stand beside the model: found none in {tried}. Copy it there.")
+
+
+def _revision_of(source: str, settings: Settings | None) -> str | None:
+    """That of `model:`, which may have been named on the command line alone."""
+    return settings["revision"] if settings is not None and settings["model"] in (None, source) else None
 
 
 def base_of(folder: Path) -> str:
@@ -162,9 +191,7 @@ def _load_student(folder: Path, settings: Settings, device: str, *, is_trainable
 def _load_plain(source: str, settings: Settings, device: str, *, key: str, revision: str | None) -> Any:
     from transformers import AutoModelForCausalLM
 
-    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
-        raise ConfigError(f"`{key}` must be a folder that exists, or a name on the Hub: got {source!r}.")
-    _check_headers(Path(source).expanduser())
+    check_source(source, key)
     is_other = settings["eval.verify"] not in (None, "fast") and _is_ours(Path(source))
     more = {"quantization_config": _verify(settings)} if is_other else {}
     try:

@@ -66,11 +66,14 @@ def load_prompts(source: str, prompt_format: str, *, has_template: bool, max_pro
         prompt_format: ``"chat"`` makes a user's message of every text, ``"text"`` leaves it; ``"auto"`` looks at the
             tokenizer.
         has_template: whether the tokenizer has a chat template.
-        max_prompts: use only that many.
+        max_prompts: use only that many; `None` for all.
 
     Raises:
+        ConfigError: `max_prompts` is below 1.
         DataError: there is no such file, or it holds no prompts.
     """
+    if max_prompts is not None and max_prompts < 1:
+        raise ConfigError(f"`max_prompts` must be at least 1: got max_prompts={max_prompts!r}. Leave it out for all.")
     path = _existing(source, "generate.prompts")
     if path.suffix in TABLES:
         prompts = [_prompt_of(row, path) for row in read_table(path)]

@@ -113,6 +113,7 @@ class Console:
 
     is_json: bool = False
     out: TextIO = field(default_factory=lambda: sys.stdout)
+    _noted: set[str] = field(default_factory=set)
 
     def say(self, text: object = "") -> None:
         """A line of the result, for people."""
@@ -121,9 +122,11 @@ class Console:
         stream.flush()
 
     def note(self, text: object) -> None:
-        """A line about what is going on."""
-        sys.stderr.write(f"{text}\n")
-        sys.stderr.flush()
+        """A line about what is going on; the same one only once."""
+        if str(text) not in self._noted:
+            self._noted.add(str(text))
+            sys.stderr.write(f"{text}\n")
+            sys.stderr.flush()
 
     def write(self, text: str) -> None:
         """A piece of text as it comes, without a line break."""

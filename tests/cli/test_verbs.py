@@ -105,7 +105,9 @@ def test_an_output_folder_of_something_else_is_refused_and_left_alone(
     command: Command, base: Path, files: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
-    done = command("calibrate", "--model", base, "--texts", files / "text.txt", "--output", tmp_path)
+    done = command(
+        "calibrate", "--model", base, "--group-size", 32, "--texts", files / "text.txt", "--output", tmp_path
+    )
     assert done.code == 2
     assert "holds other files" in done.err
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
@@ -115,7 +117,10 @@ def test_a_dry_run_shows_the_settings_and_writes_nothing(
     command: Command, base: Path, files: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
-    cases = {"calibrate": ["--texts", files / "text.txt"], "generate": ["--prompts", files / "prompts.txt"]}
+    cases = {
+        "calibrate": ["--texts", files / "text.txt", "--group-size", 32],
+        "generate": ["--prompts", files / "prompts.txt"],
+    }
     for verb, more in cases.items():
         done = command(verb, "--model", base, *more, "--output", output, "--dry-run")
         assert done.code == 0
@@ -129,7 +134,7 @@ def test_a_dry_run_shows_the_settings_and_writes_nothing(
         (["calibrate", "--texts", "python-topics", "--output", "x"], 2, "`model` must be given: pass --model"),
         (["calibrate", "--model", "BASE", "--output", "x"], 2, "`calibrate.texts` must be given"),
         (["calibrate", "--model", "BASE", "--texts", "nowhere.txt", "--output", "x"], 2, "a text must be a file"),
-        (["calibrate", "--model", "./nowhere", "--texts", "python-topics", "--output", "OUT"], 2, "tokenizer"),
+        (["calibrate", "--model", "./nowhere", "--texts", "python-topics", "--output", "OUT"], 2, "folder that exists"),
         (["calibrate", "--model", "BASE", "--bits", "5", "--texts", "python-topics", "--output", "OUT"], 2, "`bits`"),
         (["calibrate", "--model", "BASE", "--group-size", "48", "--texts", "python-topics", "--output", "OUT"], 2,
          "`group_size` must divide"),
@@ -419,9 +424,9 @@ def test_a_folder_that_was_only_claimed_takes_other_settings(
     command: Command, base: Path, files: Path, tmp_path: Path
 ) -> None:
     arguments = ["calibrate", "--model", base, "--texts", files / "text.txt", "--output", tmp_path / "out"]
-    assert command(*arguments, "--bits", "5").code == 2
-    assert (tmp_path / "out" / "resolved.yaml").is_file()
     less = ["--group-size", "32", "--num-samples", "2", "--seq-len", "32"]
+    assert command(*arguments, *less[:-1], "9999999").code == 2  # the text is shorter, which its tokens tell
+    assert (tmp_path / "out" / "resolved.yaml").is_file()
     assert command(*arguments, *less).code == 0
     done = command(*arguments, *less, "--bits", "3")
     assert (done.code, "quant.bits was 2, is 3" in done.err) == (2, True)

@@ -59,7 +59,7 @@ def _ask(settings: Settings, console: Console, data: Any, folder: Path) -> Any:
 
     device = models.choose_device(settings, console)
     models.seed_all(settings)
-    tokenizer = models.load_tokenizer(settings["model"])
+    tokenizer = models.load_tokenizer(settings["model"], settings=settings)
     values = {key: v for key, v in settings.section("distill").items() if key != "data" and v is not None}
     args = DistillConfig(
         **values,

@@ -7,14 +7,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bitdistiller_peft.cli import models, output, stages
+from bitdistiller_peft.cli import checks, models, output, stages
 from bitdistiller_peft.cli.packed import save_packed
 from bitdistiller_peft.cli.texts import load_texts
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
 
 SECTIONS = ("", "quant", "calibrate")
 BLOCKS = "blocks"
-OWN = ("texts", "method", "num_samples", "seq_len", "batch_size", "pack")
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:
@@ -33,9 +32,11 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
         Folder of the student, of the packed model if asked for, and the mean errors.
     """
     settings.need("model")
+    checks.check_calibration(settings)
     needs_text = settings["calibrate.objective"] != "weight" or settings["calibrate.method"] == "blockwise"
     texts = load_texts(settings.need("calibrate.texts"), "calibration") if needs_text else None
     folder = Path(settings.need("output"))
+    checks.check_student(settings, console)
     done = output.settled(folder, settings, sections=SECTIONS, console=console)
     if done is not None:
         return done
@@ -54,10 +55,9 @@ def _calibrate(settings: Settings, console: Console, texts: list[str] | None, fo
     start = time.perf_counter()
     device = models.choose_device(settings, console)
     models.seed_all(settings)
-    tokenizer = models.load_tokenizer(settings["model"])
+    tokenizer = models.load_tokenizer(settings["model"], settings=settings)
     student = models.build_student(settings, device)
     values = settings.section("calibrate")
-    options = {key: value for key, value in values.items() if key not in OWN and value is not None}
     found = calibrate(
         student,
         tokenizer,
@@ -69,7 +69,7 @@ def _calibrate(settings: Settings, console: Console, texts: list[str] | None, fo
         show_progress=True,
         output_path=folder / "calibration.safetensors",
         resume_dir=folder / BLOCKS if values["method"] == "blockwise" else None,
-        **options,
+        **checks.calibration_options(settings),
     )
     console.say(found)
     student.save_pretrained(folder / "student")

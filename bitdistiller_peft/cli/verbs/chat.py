@@ -20,7 +20,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     device = models.choose_device(settings, console)
     models.seed_all(settings)
     model = models.load_any(source, settings, device, key="MODEL").eval()
-    tokenizer = models.load_tokenizer(*models.source_of_tokenizer(source, settings))
+    tokenizer = models.load_tokenizer(*models.source_of_tokenizer(source, settings), settings=settings)
     messages = [{"role": "system", "content": options["system"]}] if options["system"] else []
     turns: list[dict[str, str]] = []
     prompts = iter([options["prompt"]]) if options["prompt"] else _typed(console)

@@ -58,7 +58,7 @@ def _compare(
     rows: list[dict[str, Any]] = []
     measured: dict[str, dict[str, Any]] = {"perplexity": {}, "tasks": {}}
     for source in sources:
-        tokenizer = models.load_tokenizer(*models.source_of_tokenizer(source, settings), *sources)
+        tokenizer = models.load_tokenizer(*models.source_of_tokenizer(source, settings), *sources, settings=settings)
         model = models.load_any(source, settings, device)
         found = {
             "perplexity": scores.perplexity_of(model, tokenizer, *given),

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bitdistiller_peft.cli import models, output, stages
+from bitdistiller_peft.cli import checks, models, output, stages
 from bitdistiller_peft.cli.packed import save_packed
 from bitdistiller_peft.cli.texts import load_training_data
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
@@ -34,6 +34,11 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     settings.need("model")
     source = settings.need("distill.data")
     folder = Path(settings.need("output"))
+    if settings["distill.student"] is None:
+        checks.check_student(settings, console)
+    else:  # its own config says how it is quantized
+        models.check_source(settings.need("model"))
+    training_arguments(settings, folder, models.choose_device(settings, console))
     if settings.is_dry_run:
         output.check(folder, settings, SECTIONS)
         console.say(output.resolved_text(settings, SECTIONS))
@@ -46,8 +51,8 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     start = time.perf_counter()
     device = models.choose_device(settings, console)
     models.seed_all(settings)
-    tokenizer = models.load_tokenizer(settings["model"])
-    args = training_arguments(settings, folder, device)  # before the model is loaded
+    tokenizer = models.load_tokenizer(settings["model"], settings=settings)
+    args = training_arguments(settings, folder, device)
     trainer = _train(settings, args, data, tokenizer)
     result = _report(trainer, folder, console) | {"seconds": time.perf_counter() - start}
     if settings["distill.pack"]:

@@ -74,7 +74,7 @@ def _evaluate(
 
     text, how = given
     model = models.load_any(source, settings, device, key="MODEL")
-    tokenizer = models.load_tokenizer(*models.source_of_tokenizer(source, settings), teacher)
+    tokenizer = models.load_tokenizer(*models.source_of_tokenizer(source, settings), teacher, settings=settings)
     perplexity = scores.perplexity_of(model, tokenizer, text, how)
     row = {"model": source} | ({} if perplexity is None else {"perplexity": asdict(perplexity)})
     other: Any = None

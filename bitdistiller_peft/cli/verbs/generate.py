@@ -6,12 +6,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bitdistiller_peft.cli import models, output, stages
+from bitdistiller_peft.cli import checks, models, output, stages
 from bitdistiller_peft.cli.texts import load_prompts
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
 
 SECTIONS = ("", "generate")
-SAMPLING = ("max_new_tokens", "temperature", "top_p", "top_k", "batch_size")
 
 
 def run(settings: Settings, console: Console) -> dict[str, Any]:
@@ -25,16 +24,17 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     Returns:
         Folder, number of rows and of tokens, and how many answers were cut off.
     """
-    settings.need("model")
     values = settings.section("generate")
-    load_prompts(settings.need("generate.prompts"), "text", has_template=False, max_prompts=1)  # refuse early
+    load_prompts(settings.need("generate.prompts"), "text", has_template=False, max_prompts=values["max_prompts"])
+    models.check_source(settings.need("model"))
+    sampling = checks.sampling(settings)
     folder = Path(settings.need("output"))
     done = output.settled(folder, settings, sections=SECTIONS, console=console)
     if done is not None:
         return done
     start = time.perf_counter()
     device = models.choose_device(settings, console)
-    tokenizer = models.load_tokenizer(settings["model"])
+    tokenizer = models.load_tokenizer(settings["model"], settings=settings)
     prompts = load_prompts(
         values["prompts"],
         values["prompt_format"],
@@ -44,7 +44,7 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     console.note(
         f"{len(prompts)} prompts, {'messages to answer' if isinstance(prompts[0], list) else 'texts to continue'}"
     )
-    rows = _generate(settings, device, tokenizer, prompts, folder)
+    rows = _generate(settings, device, tokenizer, prompts, folder, sampling)
     result = {
         "data": str(folder),
         "rows": len(rows),
@@ -56,11 +56,12 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     return output.finish(folder, result)
 
 
-def _generate(settings: Settings, device: str, tokenizer: Any, prompts: list[Any], folder: Path) -> Any:
+def _generate(
+    settings: Settings, device: str, tokenizer: Any, prompts: list[Any], folder: Path, sampling: dict[str, Any]
+) -> Any:
     from bitdistiller_peft.training import generate_teacher_data
 
     model = models.load_full_precision(settings, device)
-    sampling = {key: settings[f"generate.{key}"] for key in SAMPLING}
     try:
         return generate_teacher_data(model, tokenizer, prompts, output_dir=folder, seed=settings["seed"], **sampling)
     except KeyboardInterrupt:

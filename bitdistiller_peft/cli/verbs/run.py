@@ -7,7 +7,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from bitdistiller_peft.cli import models, output, stages
+from bitdistiller_peft.cli import checks, models, output, stages
 from bitdistiller_peft.cli.cost import recorded
 from bitdistiller_peft.cli.schema import STAGES
 from bitdistiller_peft.cli.scores import check_tasks
@@ -69,7 +69,8 @@ def _check_all(settings: Settings, chosen: list[str]) -> None:
     if "calibrate" in chosen:
         load_texts(settings.need("calibrate.texts"), "calibration")
     if "generate" in chosen:
-        load_prompts(settings.need("generate.prompts"), "text", has_template=False, max_prompts=1)
+        most = settings["generate.max_prompts"]
+        load_prompts(settings.need("generate.prompts"), "text", has_template=False, max_prompts=most)
     if "distill" in chosen and "generate" not in chosen:
         settings.need("distill.data")
     _check_cache(settings, chosen)
@@ -87,6 +88,12 @@ def _check_all(settings: Settings, chosen: list[str]) -> None:
 def _check_values(settings: Settings, chosen: list[str], console: Console) -> None:
     """Values that only the library's own classes can judge."""
     models.student_config(settings)
+    if "generate" in chosen:
+        checks.sampling(settings)
+    if "calibrate" in chosen:
+        checks.check_calibration(settings)
+    if {"calibrate", "distill"} & set(chosen) and settings["distill.student"] is None:
+        checks.check_student(settings, console)
     if "distill" in chosen:
         placed = stages.placed(settings.with_values(run__stages=chosen), "distill")  # a cache may have been added
         distill.training_arguments(placed, Path(placed["output"]), models.choose_device(settings, console))
