@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bitdistiller_peft._version import library_version
+from bitdistiller_peft.cli.ranks import is_main_process
 from bitdistiller_peft.cli.schema import SECTIONS
 from bitdistiller_peft.cli.verb import Console, Settings
 from bitdistiller_peft.errors import ConfigError
@@ -61,7 +62,8 @@ def begin(
         ConfigError: the folder holds something else; nothing is overwritten.
         CheckpointError: the result that stands there is damaged.
     """
-    check(folder, settings, sections, arguments)
+    if is_main_process():  # others would look while it writes
+        check(folder, settings, sections, arguments)
     result = folder / RESULT
     if result.is_file():
         return read_object(result, "Delete it to run this command again.", allow_nan=True)
@@ -153,7 +155,9 @@ def check(folder: Path, settings: Settings, sections: Sequence[str], arguments: 
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
+    """Write a file whole or not at all; of several processes, the first does."""
+    if not is_main_process():
+        return
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(path)

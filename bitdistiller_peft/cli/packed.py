@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bitdistiller_peft.cli.ranks import is_main_process
 from bitdistiller_peft.cli.verb import Console, Settings
 
 
 def save_packed(student: Any, tokenizer: Any, folder: Path, console: Console, settings: Settings) -> dict[str, Any]:
-    """Pack a student and save it with its tokenizer.
+    """Pack a student and save it with its tokenizer; of several processes, all pack, and the first saves.
 
     Args:
         student: the `PeftModel`; it is used up.
@@ -19,7 +20,7 @@ def save_packed(student: Any, tokenizer: Any, folder: Path, console: Console, se
         settings: for `dtype` and `model`, whose dtype the plain weights are stored in where it is free.
 
     Returns:
-        ``packed``, ``bits_per_weight`` and ``bytes``, of the weight files.
+        ``packed``, ``bits_per_weight`` and, of the weight files, ``bytes``.
     """
     from bitdistiller_peft.hub import quant_summary, restore_dtype, stored_dtype
 
@@ -27,6 +28,8 @@ def save_packed(student: Any, tokenizer: Any, folder: Path, console: Console, se
     if settings["dtype"] == "auto":
         restore_dtype(model, stored_dtype(settings["model"], settings["revision"]))
     summary = quant_summary(model)
+    if not is_main_process():
+        return {"packed": str(folder), "bits_per_weight": summary.bits_per_weight}
     tokenizer.save_pretrained(folder)
     model.save_pretrained(folder)  # last: it writes the manifest
     num_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors"))

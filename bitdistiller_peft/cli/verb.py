@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any, TextIO
 
 from bitdistiller_peft.cli.options import Option
+from bitdistiller_peft.cli.ranks import is_main_process
 from bitdistiller_peft.errors import ConfigError
 
 
@@ -117,13 +118,14 @@ class Console:
 
     def say(self, text: object = "") -> None:
         """A line of the result, for people."""
-        stream = sys.stderr if self.is_json else self.out
-        stream.write(f"{text}\n")
-        stream.flush()
+        if is_main_process():
+            stream = sys.stderr if self.is_json else self.out
+            stream.write(f"{text}\n")
+            stream.flush()
 
     def note(self, text: object) -> None:
         """A line about what is going on; the same one only once."""
-        if str(text) not in self._noted:
+        if is_main_process() and str(text) not in self._noted:
             self._noted.add(str(text))
             sys.stderr.write(f"{text}\n")
             sys.stderr.flush()
@@ -135,6 +137,6 @@ class Console:
 
     def finish(self, result: dict[str, Any]) -> None:
         """The JSON document, if it was asked for."""
-        if self.is_json:
+        if self.is_json and is_main_process():
             self.out.write(json.dumps(result, indent=2, ensure_ascii=False, default=str) + "\n")
             self.out.flush()

@@ -9,6 +9,7 @@ from typing import Any
 
 from bitdistiller_peft.cli import checks, models, output, stages
 from bitdistiller_peft.cli.packed import save_packed
+from bitdistiller_peft.cli.ranks import is_main_process
 from bitdistiller_peft.cli.texts import load_training_data
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
 from bitdistiller_peft.errors import BitDistillerError, ConfigError
@@ -58,8 +59,9 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     if settings["distill.pack"]:
         result |= save_packed(trainer.model, tokenizer, folder / "packed", console, settings)
     else:
-        trainer.save_model(str(folder / "student"))
-        tokenizer.save_pretrained(folder / "student")
+        trainer.save_model(str(folder / "student"))  # all processes take part
+        if is_main_process():
+            tokenizer.save_pretrained(folder / "student")
         result["student"] = str(folder / "student")
         console.say(f"student: {folder / 'student'} (latent: not yet the quantized model)")
     return output.finish(folder, result)
