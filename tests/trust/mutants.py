@@ -122,9 +122,14 @@ def _seen(function: ast.FunctionDef, kind: str) -> str:
 
 def difference(name: str, functions: dict[str, ast.FunctionDef]) -> str:
     """The lines that differ from the original, `- ` and `+ `."""
-    own, base = (ast.unparse(functions[key]).splitlines()[1:] for key in (name, original_of(name)))
+    own, base = (_lines(functions[key]) for key in (name, original_of(name)))
     gone, come = [line for line in base if line not in own], [line for line in own if line not in base]
     return "\n".join([f"- {line.strip()}" for line in gone] + [f"+ {line.strip()}" for line in come])
+
+
+def _lines(function: ast.FunctionDef) -> list[str]:
+    """Of the function, without the one that has its name."""
+    return [line for line in ast.unparse(function).splitlines() if not line.startswith("def ")]
 
 
 def original_of(name: str) -> str:
