@@ -74,13 +74,19 @@ def retry(folder: Path = FOLDER) -> None:
 
 
 def _run(mutant: Mutant, tests: list[str], folder: Path) -> int:
-    """Pytest's status, or that of a mutant that hangs."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", *tests]
-    environment = os.environ | {"MUTANT_UNDER_TEST": mutant.name}
+    """Pytest's status, that of a mutant that hangs, or 1 where only the mutant keeps tests from being collected."""
     try:
-        return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=PATIENCE).returncode
+        code = _pytest(mutant.name, tests, folder)
     except subprocess.TimeoutExpired:
         return TIMED_OUT
+    is_broken = code not in (0, 1) and _pytest("", ["--collect-only", *tests], folder) == 0
+    return 1 if is_broken else code
+
+
+def _pytest(name: str, arguments: list[str], folder: Path) -> int:
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:xdist", *arguments]
+    environment = os.environ | {"MUTANT_UNDER_TEST": name}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, timeout=PATIENCE).returncode
 
 
 # ------------------------------------------------------------------------------------------------------------ reasons

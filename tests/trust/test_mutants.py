@@ -182,8 +182,10 @@ def test_four_of_five_are_enough_and_those_not_tried_do_not_count(folder: Path, 
 PLAIN = """
 import os, time
 
+mutant = os.environ["MUTANT_UNDER_TEST"][-1:]
+assert mutant != "5"
+
 def test_it():
-    mutant = os.environ["MUTANT_UNDER_TEST"][-1]
     if mutant == "3":
         time.sleep(60)
     assert mutant != "1"
@@ -194,13 +196,20 @@ def test_what_mutmut_did_not_judge_is_tried_again(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(mutants, "PATIENCE", 10)
-    package = verdicts(folder, m1=255, m2=36, m3=-24, m4=1)
+    package = verdicts(folder, m1=255, m2=36, m3=-24, m4=1, m5=255)
+    meta = folder / "f.py.meta"
+    content = json.loads(meta.read_text())
+    content["exit_code_by_key"]["bitdistiller_peft.packing.f.x_g__mutmut_6"] = 255
+    meta.write_text(json.dumps(content))
     (tmp_path / "test_f.py").write_text(PLAIN)
     stats = {"tests_by_mangled_function_name": {"bitdistiller_peft.packing.f.x_f": ["test_f.py::test_it"]}}
+    stats["tests_by_mangled_function_name"]["bitdistiller_peft.packing.f.x_g"] = [
+        "test_f.py::test_that"
+    ]  # not there: no verdict
     (tmp_path / "mutmut-stats.json").write_text(json.dumps(stats))
     mutants.retry(package)
     found = {mutant.name[-1]: mutant.exit_code for mutant in mutants.mutants(package)}
-    assert found == {"1": 1, "2": 0, "3": mutants.TIMED_OUT, "4": 1}
+    assert found == {"1": 1, "2": 0, "3": mutants.TIMED_OUT, "4": 1, "5": 1, "6": mutants.NOT_RUN}
 
 
 def test_a_sample_is_the_same_for_the_same_seed() -> None:
