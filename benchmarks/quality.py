@@ -73,6 +73,8 @@ ARMS = {
         training={"loss_type": "ce", "learning_rate": 0.0, "scale_learning_rate": 2e-5},
     ),
     "fast": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.25),
+    "fast-half": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.125),
+    "fast-weight-clip": Arm(LEARNED, blockwise=(1.0, {**SHORT, "objective": "weight"}), share=0.25),
     "fast-larger-steps": Arm(LEARNED, blockwise=(1.0, OURS), share=0.25),
     "balanced": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
     # parts of ours taken away
