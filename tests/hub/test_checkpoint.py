@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from bitdistiller_peft import BitDistillerQuantConfig
 from bitdistiller_peft.errors import CheckpointError, ChecksumError, ConfigError
 from bitdistiller_peft.hub import MANIFEST_NAME, checkpoint
+from bitdistiller_peft.layers.inputs import INPUT_NORM
 from tests.hub.models import WEIGHTS, Saved, copy_of, edit_config, edit_tensors, logits
 from tests.tiny import load, save_base
 
@@ -396,3 +397,14 @@ def test_without_verification_nothing_is_compared_and_that_is_said(saved: GetSav
     with pytest.warns(UserWarning, match="without verification") as said:
         checkpoint.check_files([str(folder / WEIGHTS)], str(folder), "none")
     assert len(said) == 1
+
+
+@UNVERIFIED
+def test_gains_that_the_config_knows_nothing_of_are_refused(saved: GetSaved, tmp_path: Path) -> None:
+    folder = copy_of(saved("llama").folder, tmp_path / "model")
+    (folder / MANIFEST_NAME).unlink()
+    tensors = load_file(folder / WEIGHTS)
+    name = DOWN.replace("weight", f"{INPUT_NORM}.weight")
+    save_file(tensors | {name: torch.ones(128)}, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"must not hold tensor '{name}': config.json gives .* no SubLN"):
+        load(folder)
