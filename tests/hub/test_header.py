@@ -48,6 +48,17 @@ def test_what_is_wrong_with_an_entry_is_named_with_its_value(
         read_header(header(tmp_path / "a.safetensors", **entry))
 
 
+@pytest.mark.parametrize("more", [1, 8, 16, 2**62, 2**63])
+def test_a_header_longer_than_the_file_is_refused_with_the_length_that_it_claims(tmp_path: Path, more: int) -> None:
+    path = header(tmp_path / "a.safetensors")
+    length = path.stat().st_size - 8 + more
+    path.write_bytes(struct.pack("<Q", length) + path.read_bytes()[8:])
+    with pytest.raises(
+        CheckpointError, match=rf"a\.safetensors must be a safetensors file: got a header of {length} bytes"
+    ):
+        read_header(path)
+
+
 def test_a_file_of_another_length_is_refused_with_both_lengths(tmp_path: Path) -> None:
     path = header(tmp_path / "a.safetensors", data=12)
     size = path.stat().st_size
