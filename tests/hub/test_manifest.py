@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from bitdistiller_peft import BitDistillerQuantConfig
 from bitdistiller_peft.errors import CheckpointError, ChecksumError
 from bitdistiller_peft.hub import MANIFEST_NAME, verify_files, write_manifest
-from bitdistiller_peft.hub.manifest import read_header
+from bitdistiller_peft.hub.manifest import read_header, write_marker
 from tests.hub.models import WEIGHTS, Saved, copy_of, logits
 from tests.tiny import load
 
@@ -191,3 +191,10 @@ def test_a_manifest_that_is_written_again_is_the_same_and_leaves_nothing_behind(
     write_manifest(folder, str(before["written_by"]))
     assert read_manifest(folder) == before
     assert sorted(file.name for file in folder.iterdir()) == names
+
+
+def test_a_folder_whose_files_are_being_replaced_is_refused_as_such(folder: Path) -> None:
+    write_marker(folder)
+    assert json.loads((folder / MANIFEST_NAME).read_text()) == {"format_version": 1, "interrupted": True, "files": {}}
+    with pytest.raises(CheckpointError, match="was interrupted while it replaced files"):
+        verify_files([folder / WEIGHTS])
