@@ -37,7 +37,8 @@ SIZES: dict[str, tuple[int, int, int, int, int]] = {  # hidden, intermediate, la
     "60M": (512, 1408, 16, 8, 32768),
     "135M": (576, 1536, 30, 9, 49152),
 }
-STAGES = ("distill", "calibrate", "distill, no checkpointing", "calibrate, blockwise")
+METHODS = ("blockwise", "gptq", "awq")
+STAGES = ("distill", "distill, no checkpointing", "calibrate", *(f"calibrate, {method}" for method in METHODS))
 ASKED_ERROR = 0.15
 SEQ_LEN = 256
 
@@ -74,7 +75,7 @@ def settings_of(model: Path, data: Path, stage: str) -> list[str]:
         },
         "calibrate": {
             "texts": "python-topics", "num_samples": 4, "seq_len": SEQ_LEN,
-            "method": "blockwise" if variant else "clip",
+            "method": variant or "clip",
         },
     }[verb]  # fmt: skip
     return common + [

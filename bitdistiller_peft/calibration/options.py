@@ -15,7 +15,7 @@ from bitdistiller_peft.calibration.option_rules import (
     checked_stages,
     checked_widths,
 )
-from bitdistiller_peft.errors import ConfigError, UnknownNameError
+from bitdistiller_peft.errors import ConfigError, UnknownNameError, add_location
 
 METHODS = ("awq", "blockwise", "clip", "gptq")
 
@@ -280,7 +280,7 @@ def make_options(method: str, values: dict[str, Any]) -> ClipOptions:
     known = [field.name for field in fields(kind)]
     for name in values:
         if name not in known:
-            raise UnknownNameError("option", name, known)
+            raise add_location(UnknownNameError("option", name, known), f"method={method!r}")
     return kind(**values)
 
 

@@ -33,10 +33,10 @@ def quant_options() -> dict[str, Option]:
 
 @cache
 def calibrate_options() -> dict[str, Option]:
-    """Fields of `BlockwiseOptions`, those of the clip search included."""
-    from bitdistiller_peft.calibration.options import BlockwiseOptions
+    """The options of all methods, those of the clip search included; each method refuses what it does not know."""
+    from bitdistiller_peft.calibration.options import AwqOptions, BlockwiseOptions, GptqOptions
 
-    return _options(BlockwiseOptions, set())
+    return _options(AwqOptions, set()) | _options(GptqOptions, set()) | _options(BlockwiseOptions, set())
 
 
 @cache

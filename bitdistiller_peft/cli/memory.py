@@ -16,6 +16,7 @@ FP32 = 4
 CPU_TILE, GPU_TILE = 1 << 26, 1 << 28  # bytes of logits of one side in the loss, see `losses.checks`
 TILES = 3  # both sides' logits, and temporaries of a strip
 LAYER_COPIES = 6  # fp32 copies of the largest weight while it is fake-quantized and differentiated
+GRAMS = 5  # the Gram matrix, reordered, damped, its factor and that of its inverse
 OPTIMIZERS = {"8bit": 2, "sgd": 0, "adafactor": 1, "lion": 4}  # bytes per weight, by a part of the name
 RUNTIME = 600 << 20  # Python with torch, transformers and trl
 HEAP = 1 / 8
@@ -96,7 +97,11 @@ def optimizer_bytes(name: str) -> int:
 
 
 def calibrate_peak(sizes: Sizes, values: dict[str, Any]) -> int:
-    """The clip search, or block-wise reconstruction with its optimizer for one block."""
+    """The clip search, and what a method holds besides.
+
+    Block-wise reconstruction: an optimizer for one block. GPTQ: fp64 copies of the widest layer's Gram matrix and of
+    its inverse. AWQ: the student as it was, to put it back.
+    """
     is_blockwise = values["method"] == "blockwise"
     batch = values["batch_size"] or (1 if is_blockwise else 8)
     tokens = values["num_samples"] * values["seq_len"]
@@ -104,7 +109,10 @@ def calibrate_peak(sizes: Sizes, values: dict[str, Any]) -> int:
     active = batch * values["seq_len"] * (sizes.passing + is_blockwise * sizes.kept) * sizes.compute_bytes
     block = sizes.quantized // max(1, sizes.layers)
     training = 4 * FP32 * block if is_blockwise else 0  # gradients, two moments, and the fake-quantized weights
-    return sizes.base_bytes + sizes.student_bytes + states + active + training + LAYER_COPIES * FP32 * sizes.largest
+    gram = GRAMS * 2 * FP32 * max(sizes.hidden, sizes.intermediate) ** 2 if values["method"] == "gptq" else 0
+    student = sizes.student_bytes * (2 if values["method"] == "awq" else 1)
+    layer = LAYER_COPIES * FP32 * sizes.largest
+    return sizes.base_bytes + student + states + active + training + gram + layer
 
 
 def generate_peak(sizes: Sizes, values: dict[str, Any], prompt_tokens: int = 256) -> int:

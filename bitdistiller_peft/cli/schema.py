@@ -36,12 +36,13 @@ QUANT = Section(
     ),
     quant_options,
 )
+METHODS = ("clip", "gptq", "awq", "blockwise")
 CALIBRATE = Section(
     "calibrate",
     "calibration",
     (
         Option("texts", "list", TEXT_HELP),
-        Option("method", "text", "clip search, or block-wise reconstruction after it", "clip", ("clip", "blockwise")),
+        Option("method", "text", "clip search, rounding with GPTQ, AWQ's scales, or blocks rebuilt", "clip", METHODS),
         Option("num_samples", "int", "windows of text", 128),
         Option("seq_len", "int", "tokens in a window", 512),
         Option("batch_size", "int", "windows at once (8 for clip, 1 for blockwise)"),

@@ -103,6 +103,9 @@ def test_peaks_by_hand() -> None:
         SIZES.base_bytes + 4 * trained + 2 * 4 * 64 * HIDDEN * 4 + 8 * 64 * SIZES.passing * 4 + 24 * SIZES.largest
     )
     assert memory.calibrate_peak(SIZES, calibration) == expected
+    grams = memory.GRAMS * 8 * max(HIDDEN, INTERMEDIATE) ** 2
+    assert memory.calibrate_peak(SIZES, calibration | {"method": "gptq"}) == expected + grams
+    assert memory.calibrate_peak(SIZES, calibration | {"method": "awq"}) == expected + 4 * trained
 
 
 @pytest.mark.parametrize(

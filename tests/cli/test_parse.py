@@ -56,7 +56,7 @@ def test_the_command_line_goes_before_the_file_and_the_file_before_the_default(w
         ("distill:\n  packing: 1\n", "line 2: `packing` must be true or false: got packing=1."),
         (
             "calibrate:\n  method: clp\n",
-            "line 2: `method` must be one of ['clip', 'blockwise']: got method='clp'. Did you mean 'clip'?",
+            "line 2: `method` must be one of ['clip', 'gptq', 'awq', 'blockwise']: got method='clp'. Did you mean 'cl",
         ),
         ("model: a\nmodel: b\n", "line 2: 'model' stands twice; first in line 1."),
         ("quant: 2\n", "line 1: `quant` must hold settings, indented under it: got 2."),

@@ -101,6 +101,33 @@ def test_calibrate_writes_the_student_its_settings_and_if_asked_the_packed_model
     assert same.code == 0, "the resolved settings work as a config file"
 
 
+@pytest.mark.parametrize(
+    ("method", "option", "other"),
+    [
+        ("gptq", ("--damping", 0.05), ("--alphas", "[0.0, 0.5]")),
+        ("awq", ("--alphas", "[0.0, 0.5]"), ("--damping", 0.05)),
+    ],
+)
+def test_every_method_of_the_library_is_one_of_the_command_with_its_own_options(
+    command: Command,
+    base: Path,
+    files: Path,
+    tmp_path: Path,
+    method: str,
+    option: tuple[Any, ...],
+    other: tuple[Any, ...],
+) -> None:
+    arguments = ["calibrate", "--model", base, "--group-size", "32", "--texts", files / "text.txt", "--method", method]
+    arguments += ["--num-samples", "2", "--seq-len", "64", "--output", tmp_path / "out", "--device", "cpu", "--pack"]
+    refused = command(*arguments, *other)
+    assert (refused.code, method in refused.err) == (2, True), refused.err
+    done = command(*arguments, *option, "--json")
+    assert (done.code, done.json["method"]) == (0, method)
+    assert torch.isfinite(
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "packed")(torch.arange(8)[None]).logits
+    ).all()
+
+
 def test_an_output_folder_of_something_else_is_refused_and_left_alone(
     command: Command, base: Path, files: Path, tmp_path: Path
 ) -> None:
