@@ -66,6 +66,38 @@ def check_source(source: str, key: str = "model") -> None:
     _check_headers(folder)
 
 
+def check_models(settings: Settings, **sources: str | None) -> None:
+    """Refuse models that are not there, before the first of them is loaded.
+
+    Args:
+        settings: for the revision of `model:`.
+        sources: folders or Hub names, by what they are called in messages; `None` and ``"self"`` are passed over.
+
+    Raises:
+        ConfigError: there is no such folder or name.
+        CheckpointError: a folder holds no model, or damaged weights.
+    """
+    from transformers import AutoConfig
+
+    for key, source in sources.items():
+        if source in (None, "self"):
+            continue
+        place = model_folder(str(source))
+        if (Path(place) / ADAPTER).is_file():
+            continue
+        check_source(place, key)
+        if not Path(place).is_dir():
+            try:
+                AutoConfig.from_pretrained(place, revision=_revision_of(place, settings))
+            except (OSError, ValueError) as error:
+                raise _unreadable(key, error) from None
+
+
+def _unreadable(key: str, error: Exception) -> ConfigError:
+    reason = str(error).strip().splitlines()[0]
+    return ConfigError(f"`{key}` must be a folder or a name on the Hub that can be read: {reason}")
+
+
 def load_full_precision(settings: Settings, device: str) -> Any:
     """The model of `model:`, as it was published.
 
@@ -200,8 +232,7 @@ def _load_plain(source: str, settings: Settings, device: str, *, key: str, revis
     except BitDistillerError:
         raise
     except OSError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConfigError(f"`{key}` must be a folder or a name on the Hub that can be read: {reason}") from None
+        raise _unreadable(key, error) from None
     return model.to(device)
 
 

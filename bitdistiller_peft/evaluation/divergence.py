@@ -118,7 +118,8 @@ def _compare(
     """KL of every predicting position, in reading order, and the number of top-1 agreements."""
     batches = chunks.batches(batch_size)
     kls: list[Tensor] = []
-    agreements = 0
+    agreements = count = 0
+    total = 0.0
     models = [student] if isinstance(teacher, str) else [student, teacher]
     with borrowed(*models), progress("Divergence", len(chunks.ids), show_progress) as bar:
         for index, ids in enumerate(batches):
@@ -128,7 +129,9 @@ def _compare(
             kl, agreed = _compare_batch(student_logits, teacher_logits, ids, first=index * batch_size)
             kls.append(kl)
             agreements += agreed
-            bar.set_postfix(kl=f"{kl.mean().item():.4f}", refresh=False)
+            total += kl.sum(dtype=torch.float64).item()
+            count += kl.numel()
+            bar.set_postfix(kl=f"{total / count:.4f}", refresh=False)
             bar.update(len(ids))
     return torch.cat(kls).numpy(), agreements
 

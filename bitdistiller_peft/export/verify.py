@@ -92,6 +92,11 @@ def verify_export(
     chosen = get_export_format(format)
     chosen.check_installed()
     folder = Path(exported)
+    if not any(folder.glob(chosen.weight_files)):
+        raise ExportError(
+            f"{folder} must hold an export in the format {chosen.name!r}, {chosen.weight_files}: it holds none. Name "
+            "the folder that the export was written to, and its own format."
+        )
     with open_source(model) as source:
         report = compare(source, folder, chosen)
         found = [compare_logits(source, folder, chosen)] if logits else []

@@ -85,8 +85,9 @@ def cache_teacher(
     Example:
         >>> cache_teacher(trainer.model, tokenizer, trainer.train_dataset, "cache")  # doctest: +SKIP
     """
-    if batch_size < 1 or shard_bytes < 1:
-        raise ConfigError(f"`batch_size` and `shard_bytes` must be positive: got {batch_size} and {shard_bytes}.")
+    for name, value in (("batch_size", batch_size), ("shard_bytes", shard_bytes)):
+        if value < 1:
+            raise ConfigError(f"`{name}` must be positive: got {name}={value!r}. Leave it out for the default.")
     base = _teacher_base(model)
     with full_precision(model):
         head = output_head(base)
@@ -103,10 +104,11 @@ def cache_teacher(
             write_tensors(folder / HEAD_NAME, {"weight": head.weight.cpu(), **bias})
         with tqdm(total=len(documents), desc="Teacher cache", unit="doc", disable=not show_progress) as bar:
             for index, digests in enumerate(plan):
-                if not shard_path(folder, index).exists():
-                    answers = _ask(base, head, layout, [documents[digest] for digest in digests], batch_size)
-                    write_tensors(shard_path(folder, index), answers | _index(digests, documents))
-                bar.update(len(digests))
+                if shard_path(folder, index).exists():
+                    bar.update(len(digests))
+                    continue
+                answers = _ask(base, head, layout, [documents[digest] for digest in digests], batch_size, bar)
+                write_tensors(shard_path(folder, index), answers | _index(digests, documents))
     finish(folder)
     return TeacherCache(folder)
 
@@ -155,7 +157,12 @@ def _index(digests: Sequence[bytes], documents: Mapping[bytes, Document]) -> dic
 
 
 def _ask(
-    base: PreTrainedModel, head: Head, layout: CacheLayout, documents: Sequence[Document], batch_size: int
+    base: PreTrainedModel,
+    head: Head,
+    layout: CacheLayout,
+    documents: Sequence[Document],
+    batch_size: int,
+    bar: tqdm[Any],
 ) -> dict[str, Tensor]:
     """What the teacher says of some documents, one after the other: `[all tokens, ...]` by name."""
     parts: list[dict[str, Tensor]] = []
@@ -169,6 +176,7 @@ def _ask(
             if not bool(torch.isfinite(states).all()):
                 raise TrainingError("the teacher's hidden states must be finite: got NaN or Inf. Use another dtype.")
             parts.append(_kept(states, head, layout, tokens.to(states.device)))
+        bar.update(len(batch))
     return {name: torch.cat([part[name] for part in parts]) for name in layout.tensors(0)}
 
 

@@ -258,6 +258,7 @@ class DistillConfig(SFTConfig):
             f"`{name}` must be a positive integer{also}: got {name}={value!r}."
             for name, value, also in (
                 ("gamma_num_batches", self.gamma_num_batches, ""),
+                ("max_length", self.max_length, " or None"),
                 ("loss_tile_tokens", self.loss_tile_tokens, " or None"),
                 ("flip_rate_layers", None if self.flip_rate_layers == -1 else self.flip_rate_layers, " or -1 for all"),
             )
@@ -303,7 +304,7 @@ class DistillConfig(SFTConfig):
             return []
         return [
             f"`teacher_cache` must be given for teacher='cached', and only there: got teacher={self.teacher!r}, "
-            f"teacher_cache={self.teacher_cache!r}. Use teacher='cached' and the folder that cache_teacher() wrote."
+            f"teacher_cache={self.teacher_cache!r}. Use teacher='cached' and the folder that cache_teacher(), or `bitdistiller cache`, wrote."
         ]
 
     def _unsupported_faults(self) -> list[str]:

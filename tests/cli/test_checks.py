@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,18 @@ CALIBRATE = {
 DISTILL = {
     "rate": (["--learning-rate", -1, "--group-size", 32], 2, "`learning_rate` must be finite and not negative"),
     "group-size": (["--group-size", 48], 2, "model.layers.0.self_attn.q_proj"),
+    "length": (["--max-length", 0, "--group-size", 32], 2, "`max_length` must be a positive integer or None"),
     "no-model": (["--model", "/nowhere", "--student", "out"], 2, "`model` must be a folder that exists"),
+}
+CACHE = {
+    "batch": (["--cache.batch-size", 0], 2, "`batch_size` must be at least 1: got batch_size=0"),
+    "k": (["--cache.k", 8], 2, "`k` must be left out for kind='hidden': got k=8"),
+    "no-model": (["--model", "/nowhere"], 2, "`model` must be a folder that exists"),
+    "no-teacher": (["--cache.teacher", "/nowhere"], 2, "`cache.teacher` must be a folder that exists"),
 }
 CASES = [
     pytest.param(verb, *case, id=f"{verb}-{name}")
-    for verb, cases in (("generate", GENERATE), ("calibrate", CALIBRATE), ("distill", DISTILL))
+    for verb, cases in (("generate", GENERATE), ("calibrate", CALIBRATE), ("distill", DISTILL), ("cache", CACHE))
     for name, case in cases.items()
 ]
 
@@ -106,3 +114,35 @@ def test_the_same_note_is_made_once(capsys: pytest.CaptureFixture[str]) -> None:
     for text in ("one", "two", "one"):
         console.note(text)
     assert capsys.readouterr().err == "one\ntwo\n"
+
+
+@pytest.mark.usefixtures("no_loading")
+def test_every_model_that_is_to_be_compared_must_be_there_before_the_first_is_loaded(
+    command: Command, base: Path, files: Path, tmp_path: Path
+) -> None:
+    nowhere = str(tmp_path / "nowhere")
+    for arguments in (["eval", base, "--teacher", nowhere], ["compare", base, nowhere]):
+        done = command(*arguments, "--text", files / "text.txt", "--seq-len", 32)
+        assert (done.code, f"must be a folder that exists, or a name on the Hub: got '{nowhere}'" in done.err) == (
+            2,
+            True,
+        )
+    done = command("eval", base, "--teacher", files, "--text", files / "text.txt")
+    assert (done.code, "it has no config.json" in done.err) == (3, True)
+
+
+def test_init_writes_no_file_that_cannot_work(command: Command, tmp_path: Path) -> None:
+    done = command("init", tmp_path / "run.yaml", "--bits", 5)
+    assert (done.code, "`bits` must be one of" in done.err, list(tmp_path.iterdir())) == (2, True, [])
+
+
+def test_a_training_shorter_than_the_logging_steps_has_a_last_line(
+    command: Command, base: Path, files: Path, tmp_path: Path
+) -> None:
+    arguments = ["distill", "--model", base, "--data", files / "text.txt", "--group-size", 32, "--device", "cpu"]
+    arguments += ["--max-steps", 3, "--logging-steps", 2, "--max-length", 32, "--per-device-train-batch-size", 1]
+    done = command(*arguments, "--bf16=false", "--output", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    logged = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert [entry["step"] for entry in logged if "loss" in entry] == [2, 3]
+    assert done.json["last"]["step"] == 3

@@ -10,6 +10,7 @@ from bitdistiller_peft.cli import models, output, stages
 from bitdistiller_peft.cli.schema import DISTILL
 from bitdistiller_peft.cli.texts import load_training_data
 from bitdistiller_peft.cli.verb import Console, Settings, Verb
+from bitdistiller_peft.errors import ConfigError
 
 SECTIONS = ("", "cache", "distill")
 DATA = {
@@ -34,8 +35,8 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
         DoesNotFitError: the disk has too little room; said before the first token is computed.
         KeyboardInterrupt: stopped; finished shards are kept.
     """
-    settings.need("model")
     source = settings.need("distill.data")
+    _check(settings)
     folder = Path(settings.need("output"))
     others = {f"distill__{name}": None for name in settings.section("distill") if name not in DATA}
     settings = settings.with_values(**others)  # another learning rate is no reason to ask again
@@ -52,6 +53,24 @@ def execute(settings: Settings, console: Console) -> dict[str, Any]:
     console.say(f"{len(found):,} documents, {size / 2**20:,.1f} MiB: {folder}")
     result = {"cache": str(folder), "documents": len(found), "bytes": size, "kind": found.layout.kind}
     return output.finish(folder, result | {"seconds": time.perf_counter() - start})
+
+
+def _check(settings: Settings) -> None:
+    """Refuse what settings alone can tell, before a model is loaded.
+
+    Raises:
+        ConfigError: no such model, or a number that cannot be.
+    """
+    for key in ("model", "cache.teacher"):
+        if settings.need("model") and settings[key] is not None:
+            models.check_source(settings[key], key)
+    if settings["cache.batch_size"] < 1:
+        raise ConfigError(f"`batch_size` must be at least 1: got batch_size={settings['cache.batch_size']!r}.")
+    if "cache.k" in settings.origins and settings["cache.kind"] != "topk":
+        raise ConfigError(
+            f"`k` must be left out for kind={settings['cache.kind']!r}: got k={settings['cache.k']!r}. Hidden states "
+            "give whole distributions; kind='topk' keeps the k likeliest tokens."
+        )
 
 
 def _ask(settings: Settings, console: Console, data: Any, folder: Path) -> Any:

@@ -34,6 +34,8 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         settings = settings.with_values(output=None)
     given = evaluation_input(settings)
     scores.check_tasks(settings)
+    for source in sources:
+        models.check_models(settings, MODELS=source)
     arguments = {"models": " ".join(sources)}
     folder = Path(settings["output"]) if settings["output"] else None
     done = output.settled(folder, settings, sections=SECTIONS, console=console, arguments=arguments)

@@ -105,7 +105,9 @@ def _train(settings: Settings, args: Any, data: Any, tokenizer: Any) -> Any:
     else:
         source = models.model_folder(student, prefer=("student",))
         model = models.load_any(source, settings, "cpu", key="distill.student", is_trainable=True)
-    trainer = DistillTrainer(model, args, train_dataset=data, processing_class=tokenizer)
+    trainer = DistillTrainer(
+        model, args, train_dataset=data, processing_class=tokenizer, callbacks=[_last_step_logged()]
+    )
     checkpoints = Path(args.output_dir)
     try:
         trainer.train(resume_from_checkpoint="auto" if settings["distill.resume"] else None)
@@ -114,6 +116,17 @@ def _train(settings: Settings, args: Any, data: Any, tokenizer: Any) -> Any:
         words = "No checkpoint was written yet" if saved is None else f"Saved {saved}"
         raise KeyboardInterrupt(f"{words}; the same command goes on.") from None
     return trainer
+
+
+def _last_step_logged() -> Any:
+    """Logs what came after the last multiple of `logging_steps`, or of fewer steps than that."""
+    from transformers import TrainerCallback
+
+    class LastStepLogged(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_log |= state.global_step >= state.max_steps
+
+    return LastStepLogged()
 
 
 def newest_whole(folder: Path) -> Path | None:

@@ -45,6 +45,8 @@ def execute(settings: Settings, console: Console, sources: list[str], teacher: s
     """
     text, how = evaluation_input(settings)
     scores.check_tasks(settings)
+    for source in sources:
+        models.check_models(settings, MODEL=source, teacher=teacher)
     arguments = {"models": " ".join(sources), "teacher": teacher}
     folder = Path(settings["output"]) if settings["output"] else None
     done = output.settled(folder, settings, sections=SECTIONS, console=console, arguments=arguments)

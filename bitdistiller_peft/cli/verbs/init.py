@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from bitdistiller_peft.cli import models
 from bitdistiller_peft.cli.options import Option
 from bitdistiller_peft.cli.output import write_atomically
 from bitdistiller_peft.cli.prompts import starter_prompts
@@ -78,11 +79,12 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     """Write the file; one that exists is never overwritten.
 
     Raises:
-        ConfigError: the file exists.
+        ConfigError: the file exists, or `quant:` holds what cannot work.
     """
     path = Path(settings.arguments["file"] or "run.yaml")
     if path.exists():
         raise ConfigError(f"`FILE` must be new: got {str(path)!r}, which exists. Choose another name.")
+    models.student_config(settings)  # a file that cannot work is not written
     bits, prompts = settings["quant.bits"], Path(settings["generate.prompts"] or path.with_name(PROMPTS))
     text = _TEMPLATE.format(
         name=path.name,
