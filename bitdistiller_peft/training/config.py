@@ -304,7 +304,8 @@ class DistillConfig(SFTConfig):
             return []
         return [
             f"`teacher_cache` must be given for teacher='cached', and only there: got teacher={self.teacher!r}, "
-            f"teacher_cache={self.teacher_cache!r}. Use teacher='cached' and the folder that cache_teacher(), or `bitdistiller cache`, wrote."
+            f"teacher_cache={self.teacher_cache!r}. Use teacher='cached' and the folder that "
+            "cache_teacher(), or `bitdistiller cache`, wrote."
         ]
 
     def _unsupported_faults(self) -> list[str]:

@@ -123,10 +123,8 @@ def test_every_model_that_is_to_be_compared_must_be_there_before_the_first_is_lo
     nowhere = str(tmp_path / "nowhere")
     for arguments in (["eval", base, "--teacher", nowhere], ["compare", base, nowhere]):
         done = command(*arguments, "--text", files / "text.txt", "--seq-len", 32)
-        assert (done.code, f"must be a folder that exists, or a name on the Hub: got '{nowhere}'" in done.err) == (
-            2,
-            True,
-        )
+        words = f"must be a folder that exists, or a name on the Hub: got '{nowhere}'"
+        assert (done.code, words in done.err) == (2, True)
     done = command("eval", base, "--teacher", files, "--text", files / "text.txt")
     assert (done.code, "it has no config.json" in done.err) == (3, True)
 
