@@ -4,8 +4,8 @@ Run: python examples/distill_2bit.py --model MODEL [--text FILE] [--output FOLDE
 
 MODEL is a Hub name or a folder. With --text, the student learns on that file's paragraphs; without it, on what the
 teacher makes of the openings below, which is how BitDistiller does it. Texts that are measured are not learned on.
-SmolLM2-135M-Instruct takes 9 minutes of one core (AMD EPYC with AVX-512 BF16; an older processor several times that) and
-goes from perplexity 2.81 to 7.10 on what the teacher wrote; these few steps and texts show the way, not how far it goes.
+SmolLM2-135M-Instruct takes 9 minutes of one core (AMD EPYC with AVX-512 BF16; an older one several times that) and goes
+from perplexity 2.81 to 7.10 on the teacher's texts; these few steps and texts show the way, not how far it goes.
 """
 
 from __future__ import annotations
