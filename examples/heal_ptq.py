@@ -1,10 +1,17 @@
-"""Heal a published low-bit model: import its codes, distil it against the model that was quantized, pack, measure.
+r"""Heal a published low-bit model: import its codes, distil it against the model that was quantized, pack, measure.
 
 Run: python examples/heal_ptq.py SOURCE --base MODEL [--text FILE] [--output FOLDER] [--steps N]
 
 SOURCE is a folder or Hub name of a GPTQ, AWQ, compressed-tensors or bitsandbytes NF4 checkpoint, or a .gguf file; MODEL
 is the full-precision model it was made from, which is the teacher. The student starts at the published codes, exactly,
-and stays on their grid: same size, same engines. The steps and texts of the defaults show the way, not how far it goes.
+and stays on their grid: same size, same engines. The steps and texts of the defaults show the way, not how far it goes:
+SmolLM2-135M-Instruct, rounded to 3 bits by GPTQ, goes from perplexity 39.7 to 37.8 (full precision: 28.0) in a minute
+and a half of one core (AMD EPYC with AVX-512 BF16). To try it:
+
+    bitdistiller calibrate --model MODEL --method gptq --bits 3 --group-size 64 --texts python-topics --num-samples 32 \
+        --seq-len 256 --pack --output runs/gptq
+    bitdistiller export runs/gptq/packed --formats gptq --output runs/gptq-export
+    python examples/heal_ptq.py runs/gptq-export/gptq --base MODEL
 """
 
 from __future__ import annotations
@@ -21,8 +28,8 @@ from bitdistiller_peft import DistillConfig, DistillTrainer, evaluate_perplexity
 from bitdistiller_peft.hub import loading_dtype, restore_dtype, stored_dtype
 
 STEPS = 40
-LEARNING_RATE = 1e-4
-SCALE_LEARNING_RATE = 1e-4
+LEARNING_RATE = 1e-3  # published codes stand in the middle of their steps: a small rate moves none of them
+SCALE_LEARNING_RATE = 1e-5
 MAX_LENGTH = 256  # tokens of a text that are learned on
 BATCH_SIZE = 2
 HELD_OUT = 8  # every eighth text is measured, and not learned on
