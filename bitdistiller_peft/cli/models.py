@@ -151,8 +151,12 @@ def load_any(source: str, settings: Settings, device: str, *, key: str = "model"
     return _load_plain(source, settings, device, key=key, revision=_revision_of(source, settings))
 
 
-def model_folder(source: str, prefer: tuple[str, ...] = ("packed", "student")) -> str:
-    """The model in the folder of a command: that folder itself if it is one, else what it wrote there.
+WRITTEN = ("packed", "student", "distill/packed", "calibrate/packed")
+"""Where commands, and then a whole chain, leave models in their folders, best first."""
+
+
+def model_folder(source: str, prefer: tuple[str, ...] = WRITTEN) -> str:
+    """The model in the folder of a command or of a chain: that folder itself if it is one, else what was written there.
 
     Args:
         source: folder or Hub name.

@@ -129,6 +129,19 @@ def test_every_model_that_is_to_be_compared_must_be_there_before_the_first_is_lo
     assert (done.code, "it has no config.json" in done.err) == (3, True)
 
 
+@pytest.mark.usefixtures("no_loading")
+def test_too_few_chunks_for_an_interval_are_refused_at_once(command: Command, base: Path, files: Path) -> None:
+    done = command("compare", base, str(base) + "/", "--text", files / "text.txt", "--max-chunks", 4)
+    assert (done.code, "`max_chunks` must be at least 5 for a comparison: got max_chunks=4" in done.err) == (2, True)
+
+
+def test_a_chains_folder_stands_for_what_it_made(tmp_path: Path) -> None:
+    for place, expected in (("calibrate/packed", "calibrate/packed"), ("distill/packed", "distill/packed")):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "config.json").write_text("{}")
+        assert models.model_folder(str(tmp_path)) == str(tmp_path / expected)
+
+
 def test_init_writes_no_file_that_cannot_work(command: Command, tmp_path: Path) -> None:
     done = command("init", tmp_path / "run.yaml", "--bits", 5)
     assert (done.code, "`bits` must be one of" in done.err, list(tmp_path.iterdir())) == (2, True, [])

@@ -33,6 +33,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
     if settings.origins.get("output") != stages.COMMAND_LINE:
         settings = settings.with_values(output=None)
     given = evaluation_input(settings)
+    _check_pairs(settings, has_text=given[0] is not None)
     scores.check_tasks(settings)
     for source in sources:
         models.check_models(settings, MODELS=source)
@@ -49,6 +50,17 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         output.write_atomically(folder / "results.md", f"{text}\n")
         output.finish(folder, result)
     return result
+
+
+def _check_pairs(settings: Settings, *, has_text: bool) -> None:
+    from bitdistiller_peft.evaluation.comparison import LEAST_PAIRS
+
+    most = settings["eval.max_chunks"]
+    if has_text and most is not None and most < LEAST_PAIRS:
+        raise ConfigError(
+            f"`max_chunks` must be at least {LEAST_PAIRS} for a comparison: got max_chunks={most!r}. An interval needs "
+            "that many pairs."
+        )
 
 
 def _compare(
