@@ -3,7 +3,7 @@
 Run: python examples/bitnet_distillation.py --model MODEL --data FOLDER [--text FILE] [--rows N] [--steps N]
 FOLDER holds train.jsonl.gz and validation.jsonl.gz with `sentence` and `label` (1 for positive); FILE is plain text for
 stage 2, else the sentences. Makes a teacher, BitNet-SFT (cross-entropy alone) and BitDistill in three stages. Defaults,
-on a model of 260,000 weights, 5 minutes of one core: accuracy .59, .58, .47, too short a training for the paper's order.
+on a model of 260,000 weights, 5 minutes of one core: accuracy .59, .58, .47, too short for the paper's order.
 docs/methods/bitnet-distillation.md has settings that show it (.78, .69, .74: `python -m benchmarks.bitnet_sst2`).
 """
 
