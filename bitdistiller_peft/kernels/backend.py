@@ -69,9 +69,15 @@ class Backend(ABC):
         """Multiply ``[..., in]`` by a packed ``[out, in]`` weight: ``[..., out]`` in the dtype of the inputs."""
 
 
-def take_matrix(params: QuantParams, index: int) -> QuantParams:
-    """The parameters of one matrix of a stack."""
-    return QuantParams(*(None if tensor is None else tensor[index] for tensor in params))  # type: ignore[arg-type]
+def dequantize_stack(
+    backend: Backend, words: Tensor, params: QuantParams, spec: QuantSpec, in_features: int, dtype: torch.dtype
+) -> Tensor:
+    """`Backend.dequantize` of a stack ``[..., out, words]``, one matrix after the other."""
+    matrices = []
+    for index in range(len(words)):
+        own = QuantParams(*(None if tensor is None else tensor[index] for tensor in params))  # type: ignore[arg-type]
+        matrices.append(backend.dequantize(words[index], own, spec, in_features, dtype))
+    return torch.stack(matrices)
 
 
 _BACKENDS: dict[str, Backend] = {}

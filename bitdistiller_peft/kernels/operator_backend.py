@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.kernels.backend import Backend, take_matrix
+from bitdistiller_peft.kernels.backend import Backend, dequantize_stack
 from bitdistiller_peft.kernels.layout import operator_weight
 from bitdistiller_peft.kernels.reference import compute_dtype
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec
@@ -24,10 +24,7 @@ class OperatorBackend(Backend):
     ) -> Tensor:
         """One matrix after the other; equal to the reference."""
         if words.ndim > 2:
-            matrices = [
-                self.dequantize(words[i], take_matrix(params, i), spec, in_features, dtype) for i in range(len(words))
-            ]
-            return torch.stack(matrices)
+            return dequantize_stack(self, words, params, spec, in_features, dtype)
         return self.dense(words, *operator_weight(params, spec), in_features, dtype)
 
     def packed_linear(

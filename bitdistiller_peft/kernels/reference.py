@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bitdistiller_peft.kernels.backend import Backend, register_backend, take_matrix
+from bitdistiller_peft.kernels.backend import Backend, dequantize_stack, register_backend
 from bitdistiller_peft.packing import unpack_codes, unpack_row
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, dequantize
 
@@ -36,10 +36,7 @@ class ReferenceBackend(Backend):
     ) -> Tensor:
         """Unpack and scale row tile by row tile; each value is rounded once, from fp32 to `dtype`."""
         if words.ndim > 2:
-            matrices = [
-                self.dequantize(words[i], take_matrix(params, i), spec, in_features, dtype) for i in range(len(words))
-            ]
-            return torch.stack(matrices)
+            return dequantize_stack(self, words, params, spec, in_features, dtype)
         num_groups = spec.param_shape((1, in_features))[-1]
         weight = torch.empty(words.shape[0], in_features, dtype=dtype, device=words.device)
         tile = max(1, TILE_WEIGHTS // in_features)

@@ -61,9 +61,9 @@ def _check(settings: Settings) -> None:
     Raises:
         ConfigError: no such model, or a number that cannot be.
     """
-    for key in ("model", "cache.teacher"):
-        if settings.need("model") and settings[key] is not None:
-            models.check_source(settings[key], key)
+    models.check_source(settings.need("model"))
+    if settings["cache.teacher"] is not None:
+        models.check_source(settings["cache.teacher"], "cache.teacher")
     if settings["cache.batch_size"] < 1:
         raise ConfigError(f"`batch_size` must be at least 1: got batch_size={settings['cache.batch_size']!r}.")
     if "cache.k" in settings.origins and settings["cache.kind"] != "topk":
