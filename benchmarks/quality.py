@@ -6,11 +6,14 @@ file as soon as it ends; a row that is there already, under the same settings, i
 
     python -m benchmarks.quality --model PATH --train-text FILE [FILE ...] --eval NAME=FILE [NAME=FILE ...]
     python -m benchmarks.quality ... --rows rtn clip balanced --bits 3 --seeds 0 1 2
+    python -m benchmarks.quality ... --tasks hellaswag arc_easy piqa --task-data FOLDER
 
 Files are text, or JSON lines (also gzipped) with a field "text", "output" or the only string in the line. Training and
 evaluation texts must not overlap. Of each evaluation text, the first 40 chunks of 512 tokens are measured; the
-divergence from the teacher on the first 10 of the first text. `cpu_seconds` is the processor's time up to the packed
-model, which other work on the machine hardly changes; where there is a GPU, compare `seconds`.
+divergence from the teacher on the first 10 of the first text. Tasks are lm-evaluation-harness's, their first 200 items,
+normalized accuracy, from FOLDER/TASK/SPLIT.jsonl with the Hub's columns; they cost a row minutes. `cpu_seconds` is the
+processor's time up to the packed model, which other work on the machine hardly changes; where there is a GPU, compare
+`seconds`.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ import math
 import resource
 import time
 from collections import defaultdict
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -28,7 +32,7 @@ from transformers import set_seed
 from benchmarks import _arms, _quality_peers
 from benchmarks._arms import CHUNKS, MIN_MAX, SEQ_LEN, Arm
 from benchmarks._results import figure, table
-from bitdistiller_peft import calibrate
+from bitdistiller_peft import calibrate, evaluate_tasks
 
 BLOCK_SEQ_LEN, BLOCK_BATCH = 128, 2
 KL_CHUNKS = 10
@@ -139,11 +143,21 @@ class Bench(_arms.Bench):
             "kl": divergence.mean_kl_nats if divergence else 0.0,
             "kl_p95": divergence.p95_kl_nats if divergence else 0.0,
             "agreement": divergence.top1_agreement if divergence else 1.0,
+            **self.accuracies(model),
             "tokens": tokens,
             "seconds": seconds,
             "cpu_seconds": cpu_seconds,
             "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
         }
+
+    def accuracies(self, model: nn.Module) -> dict[str, float]:
+        """Normalized accuracy on the first items of the tasks asked for."""
+        options = self.options
+        if not options.tasks:
+            return {}
+        local = {"data_folder": options.task_data, "limit": options.task_items, "batch_size": 8}
+        scores = evaluate_tasks(model, self.tokenizer, options.tasks, **local).scores
+        return {f"acc_{score.task}": score.value for score in scores if score.metric == "acc_norm"}
 
     def student(self, model: nn.Module, arm: Arm) -> tuple[nn.Module, int]:
         """Quantize, calibrate, train and pack as an arm says; also returns how many tokens were trained on."""
@@ -248,12 +262,16 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=2)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", help="one row each, instead of --seed")
+    parser.add_argument("--tasks", nargs="+", default=[], help="of lm-evaluation-harness; such rows stand apart")
+    parser.add_argument("--task-data", type=Path, help="folder with their data (default: the Hub)")
+    parser.add_argument("--task-items", type=int, default=200)
     options = parser.parse_args()
     fixed = {"bits": options.bits, "group_size": options.group_size, "chunks": options.chunks, "budget": options.tokens}
+    measured_on = {"tasks": options.tasks, "task_items": options.task_items} if options.tasks else {}
     bench = Bench(options, step_tokens=STEP_TOKENS)
     seeds = options.seeds or [options.seed]
-    wanted = [{"row": "full_precision", "seed": 0, **fixed}]
-    wanted += [{"row": name, "seed": seed, **fixed} for seed in seeds for name in options.rows]
+    wanted = [{"row": "full_precision", "seed": 0, **fixed, **measured_on}]
+    wanted += [{"row": name, "seed": seed, **fixed, **measured_on} for seed in seeds for name in options.rows]
 
     def run(setting: dict[str, Any]) -> dict[str, Any]:
         options.seed = setting["seed"]

@@ -133,6 +133,11 @@ def _run(name: str, rest: list[str]) -> int:
             traceback.print_exc()
         sys.stderr.write(f"error: {explain(error, settings)}\n")
         return exit_code(error)
+    finally:
+        if settings is not None:
+            from bitdistiller_peft.cli.output import withdraw
+
+            withdraw()
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Sequence
@@ -20,6 +21,10 @@ RESULT = "result.json"
 _HEAD = "# bitdistiller "
 _FREE = {"output", "device", "distill.resume", "distill.report_to", "distill.logging_steps", "distill.save_steps"}
 """Settings that may differ when a command is taken up again: they do not change what comes out."""
+
+
+_MADE: list[Path] = []
+"""Folders that this process made, the inner ones first."""
 
 
 def resolved(settings: Settings, sections: Sequence[str]) -> dict[str, Any]:
@@ -68,9 +73,20 @@ def begin(
     if result.is_file():
         return read_object(result, "Delete it to run this command again.", allow_nan=True)
     if not settings.is_dry_run:
+        _MADE.extend(path for path in (folder, *folder.parents) if not path.exists())
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / RESOLVED, resolved_text(settings, sections, arguments))
     return None
+
+
+def withdraw() -> None:
+    """Remove the folders that `begin` made in this process and that nothing was put into: no trace of a refusal."""
+    for folder in _MADE:
+        if folder.is_dir() and [file.name for file in folder.iterdir()] == [RESOLVED]:
+            (folder / RESOLVED).unlink()
+        with contextlib.suppress(OSError):  # something else is in it
+            folder.rmdir()
+    _MADE.clear()
 
 
 def settled(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from benchmarks import _results, quality
+from bitdistiller_peft.evaluation.task_results import TaskResults, TaskScore
 from tests.standin import english, save_standin
 
 
@@ -86,3 +87,26 @@ def test_every_seed_is_a_row(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
     by_row = {(row["row"], row["seed"]): row["ppl_topics"] for row in written["rows"]}
     assert by_row["rtn", 0] == by_row["rtn", 1]
     assert by_row["fast", 0] != by_row["fast", 1]
+
+
+def test_tasks_make_another_row_with_normalized_accuracies(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def scored(model: Any, tokenizer: Any, tasks: list[str], **options: Any) -> TaskResults:
+        asked.update(options, tasks=tasks)
+        common = {"filter": "none", "stderr": None, "higher_is_better": True, "num_samples": 7, "num_fewshot": 0}
+        common |= {"protocol": "p", "is_whole": False}
+        return TaskResults(
+            tuple(
+                TaskScore("piqa", metric, value=value, **common) for metric, value in (("acc", 0.5), ("acc_norm", 0.75))
+            ),
+            "packed",
+            1.0,
+        )
+
+    monkeypatch.setattr(quality, "evaluate_tasks", scored)
+    run(folder, monkeypatch, "rtn")
+    local = ["--tasks", "piqa", "--task-data", str(folder), "--task-items", "7"]
+    rows = run(folder, monkeypatch, "rtn", *local)["rows"]
+    assert asked == {"tasks": ["piqa"], "data_folder": folder, "limit": 7, "batch_size": 8}
+    assert [row.get("acc_piqa") for row in rows] == [None, None, 0.75, 0.75]

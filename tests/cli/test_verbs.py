@@ -450,10 +450,19 @@ def test_init_alone_is_enough_for_a_run(command: Command, base: Path, files: Pat
 def test_a_folder_that_was_only_claimed_takes_other_settings(
     command: Command, base: Path, files: Path, tmp_path: Path
 ) -> None:
-    arguments = ["calibrate", "--model", base, "--texts", files / "text.txt", "--output", tmp_path / "out"]
+    output = tmp_path / "made" / "out"
+    arguments = ["calibrate", "--model", base, "--texts", files / "text.txt", "--output", output]
     less = ["--group-size", "32", "--num-samples", "2", "--seq-len", "32"]
     assert command(*arguments, *less[:-1], "9999999").code == 2  # the text is shorter, which its tokens tell
-    assert (tmp_path / "out" / "resolved.yaml").is_file()
+    assert not (tmp_path / "made").exists(), "a refusal leaves no trace"
+    assert command(*arguments, *less).code == 0
+    claimed = (output / "resolved.yaml").read_text(encoding="utf-8")
+    shutil.rmtree(output)
+    output.mkdir()
+    stopped = claimed.replace("bits: 2", "bits: 4")
+    (output / "resolved.yaml").write_text(stopped, encoding="utf-8")  # as a kill leaves it
+    assert command(*arguments, *less[:-1], "9999999").code == 2
+    assert [file.name for file in output.iterdir()] == ["resolved.yaml"], "what was there stays"
     assert command(*arguments, *less).code == 0
     done = command(*arguments, *less, "--bits", "3")
     assert (done.code, "quant.bits was 2, is 3" in done.err) == (2, True)
