@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 
 BACKEND_VARIABLE = "BITDISTILLER_BACKEND"
 AUTO = "auto"
+MAX_SELECTED = 4096
 
 
 class Backend(ABC):
@@ -82,6 +83,7 @@ def dequantize_stack(
 
 _BACKENDS: dict[str, Backend] = {}
 _FORCED: ContextVar[str | None] = ContextVar("bitdistiller_backend", default=None)
+_selected: dict[tuple[object, ...], tuple[QuantSpec, str]] = {}
 _default: list[str] = [os.environ.get(BACKEND_VARIABLE) or AUTO]
 
 
@@ -94,6 +96,7 @@ def register_backend(backend: Backend) -> None:
     if backend.name in _BACKENDS:
         raise ConfigError(f"`name` must be new: got name={backend.name!r}. Registered backends: {backend_names()}.")
     _BACKENDS[backend.name] = backend
+    _selected.clear()
 
 
 def backend_names() -> list[str]:
@@ -119,13 +122,21 @@ def select_backend(device: torch.device, spec: QuantSpec, dtype: torch.dtype) ->
 
 @torch.compiler.assume_constant_result
 def _select_name(device: torch.device, spec: QuantSpec, dtype: torch.dtype) -> str:
+    forced = _FORCED.get() or _default[0]
+    key = (id(spec), device, dtype, forced)
+    known = _selected.get(key)  # every product asks
+    if known is not None and known[0] is spec:
+        return known[1]
     chosen = get_backend(device)
-    if chosen.supports(spec, dtype):
-        return chosen.name
-    if (_FORCED.get() or _default[0]) != AUTO:
-        _notice(chosen.name, spec.grid.name, spec.grid.bits, dtype)
-    others = (backend for backend in reversed(_BACKENDS.values()) if backend.supports(spec, dtype))
-    return next(backend.name for backend in others if backend.is_available(device))
+    if not chosen.supports(spec, dtype):
+        if forced != AUTO:
+            _notice(chosen.name, spec.grid.name, spec.grid.bits, dtype)
+        others = (backend for backend in reversed(_BACKENDS.values()) if backend.supports(spec, dtype))
+        chosen = next(backend for backend in others if backend.is_available(device))
+    if len(_selected) > MAX_SELECTED:
+        _selected.clear()
+    _selected[key] = spec, chosen.name
+    return chosen.name
 
 
 def backend_info(device: torch.device | str = "cpu") -> str:

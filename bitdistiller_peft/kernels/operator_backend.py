@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
+from bitdistiller_peft.errors import WeightError
 from bitdistiller_peft.kernels.backend import Backend, dequantize_stack
 from bitdistiller_peft.kernels.layout import operator_weight
 from bitdistiller_peft.kernels.reference import compute_dtype
@@ -14,10 +17,20 @@ from bitdistiller_peft.quantizers import QuantParams, QuantSpec
 
 
 class OperatorBackend(Backend):
-    """Subclasses name their pair of operators, see `operators.define_pair`."""
+    """Subclasses name their pair of operators, see `operators.define_pair`, and the code behind the product.
 
+    Attributes:
+        device_type: of the tensors that the code behind the operators takes.
+        linear: the operator.
+        dense: the operator that gives the dense weight.
+        direct_linear: the code behind `linear`, called without the dispatcher where that makes no difference: it takes
+            longer than a small product.
+    """
+
+    device_type: str
     linear: Any
     dense: Any
+    direct_linear: Callable[..., Tensor]
 
     def dequantize(
         self, words: Tensor, params: QuantParams, spec: QuantSpec, in_features: int, dtype: torch.dtype
@@ -30,8 +43,32 @@ class OperatorBackend(Backend):
     def packed_linear(
         self, inputs: Tensor, words: Tensor, params: QuantParams, spec: QuantSpec, bias: Tensor | None
     ) -> Tensor:
-        """Multiply in the compute dtype."""
+        """Multiply in the compute dtype.
+
+        Raises:
+            WeightError: the bias has another dtype than the inputs, and there is no autocast to settle it.
+        """
+        weight = operator_weight(params, spec)
         dtype = compute_dtype(inputs)
+        # under autocast the operators bring it to the dtype of the inputs
+        if bias is not None and bias.dtype != dtype and not torch.is_autocast_enabled(inputs.device.type):
+            raise WeightError(
+                f"the bias must have the dtype of the inputs: got {bias.dtype} and {inputs.dtype}. Convert one of the "
+                "two, or compute under torch.autocast."
+            )
         if inputs.dtype != dtype:
-            inputs, bias = inputs.to(dtype), None if bias is None else bias.to(dtype)
-        return self.linear(inputs, bias, words, *operator_weight(params, spec))
+            inputs = inputs.to(dtype)
+        if self.is_plain_call(inputs, words, bias):
+            return type(self).direct_linear(inputs, bias, words, *weight)
+        return self.linear(inputs, bias, words, *weight)
+
+    def is_plain_call(self, inputs: Tensor, words: Tensor, bias: Tensor | None) -> bool:
+        """Whether the operator would do nothing but call its code: no gradient, compilation, tracing or other mode."""
+        if torch.compiler.is_compiling() or type(inputs) is not Tensor or type(words) not in (Tensor, Parameter):
+            return False
+        if not inputs.device.type == words.device.type == self.device_type:
+            return False
+        if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
+            return False
+        is_watched = torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
+        return not is_watched and torch._C._functorch.peek_interpreter_stack() is None

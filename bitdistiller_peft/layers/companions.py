@@ -41,7 +41,10 @@ def iter_quantized(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Quan
 
 def companion(module: nn.Module, name: str, suffix: str) -> Tensor | None:
     """The tensor `name + suffix` of a module, or `None`."""
-    tensor: Tensor | None = getattr(module, name + suffix, None)
+    key = name + suffix
+    tensor: Tensor | None = module._parameters.get(key)  # `getattr` takes its time with what is not there
+    if tensor is None and (key in module._buffers or key in module.__dict__):
+        tensor = getattr(module, key)
     return tensor
 
 

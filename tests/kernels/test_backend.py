@@ -52,6 +52,7 @@ class Ones(Backend):
 @pytest.fixture(autouse=True)
 def _own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_BACKENDS", {"reference": module._BACKENDS["reference"]})
+    monkeypatch.setattr(module, "_selected", {})
     monkeypatch.setattr(module, "_default", ["auto"])
 
 

@@ -6,13 +6,17 @@ import copy
 import gc
 import io
 import threading
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from bitdistiller_peft.errors import WeightError
 from bitdistiller_peft.kernels import release_streams, use_backend
-from bitdistiller_peft.kernels.cpu import ops
+from bitdistiller_peft.kernels.cpu import CpuBackend, ops
 from bitdistiller_peft.kernels.cpu.library import load
 from bitdistiller_peft.kernels.cpu.weights import STREAMS
 from bitdistiller_peft.layers import PackedLinear
@@ -158,6 +162,61 @@ def test_under_autocast_it_multiplies_in_its_dtype() -> None:
     got.float().sum().backward()
     assert inputs.grad is not None
     assert inputs.grad.dtype == torch.float32
+
+
+def test_under_autocast_a_bias_is_cast_with_inputs_that_are_already() -> None:
+    layer, inputs = make_layer(bias=True), normal(3, 96).bfloat16()
+    layer.bias.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        got, wanted = layer(inputs), expected(layer, inputs)
+    torch.testing.assert_close(got, wanted, atol=0.05, rtol=0.02)
+    got.sum().backward()
+    assert layer.bias.grad is not None
+    assert torch.equal(layer.bias.grad, torch.full_like(layer.bias, 3))
+
+
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_a_bias_of_another_dtype_is_refused_as_torch_refuses_it(tokens: int) -> None:
+    with pytest.raises(WeightError, match=r"bias must have the dtype of the inputs: got torch.float32 and torch.bfl"):
+        make_layer(bias=True)(normal(tokens, 96).bfloat16())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(96,), (1, 96), (2, 3, 96), (100, 96), (0, 96)])
+def test_a_plain_call_gives_what_the_operator_gives_without_it(
+    dtype: torch.dtype, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, inputs = make_layer(bias=True).to(dtype), normal(*shape).to(dtype)
+    with monkeypatch.context() as patch:
+        patch.setattr(CpuBackend, "is_plain_call", lambda *call: False)
+        wanted = layer(inputs)
+    monkeypatch.setattr(CpuBackend, "linear", None)
+    with torch.no_grad():
+        assert torch.equal(layer(inputs), wanted)
+
+
+class Seen(TorchDispatchMode):
+    """The names of the operators that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@torch.no_grad()
+def test_whoever_looks_on_sees_the_operator() -> None:
+    layer, inputs, others = make_layer(bias=True), normal(2, 96), normal(2, 96, seed=5)
+    with Seen() as seen:
+        layer(inputs)
+    assert "packed_linear.default" in seen.names
+    graph = make_fx(layer, tracing_mode="real")(inputs)
+    torch.testing.assert_close(graph(others), layer(others))
+    traced = torch.jit.trace(layer, (inputs,))
+    torch.testing.assert_close(traced(others), layer(others))
 
 
 @pytest.mark.parametrize("tokens", [1, pytest.param(40, marks=pytest.mark.slow)])

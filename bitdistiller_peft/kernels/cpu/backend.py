@@ -19,8 +19,10 @@ class CpuBackend(OperatorBackend):
 
     name = "cpu"
     sweeps = SWEEPS
+    device_type = "cpu"
     linear = torch.ops.bitdistiller.packed_linear
     dense = torch.ops.bitdistiller.dequantize
+    direct_linear = staticmethod(ops.packed_linear)
 
     def is_available(self, device: torch.device) -> bool:
         """On CPUs, where the kernels could be compiled."""

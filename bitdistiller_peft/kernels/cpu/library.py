@@ -81,6 +81,8 @@ _lock = threading.Lock()
 
 def load() -> ctypes.CDLL | None:
     """The library, compiled and loaded on the first call; `None`, after one notice, where that is impossible."""
+    if _load.cache_info().currsize:  # every product asks
+        return _load()
     with _lock:
         return _load()
 

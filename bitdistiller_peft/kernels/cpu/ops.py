@@ -28,7 +28,7 @@ def packed_linear(inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Ten
     """Multiply ``[..., in]`` (fp32, bf16 or fp16) by a packed ``[out, in]`` weight."""
     second, layout = rest[0], Layout(*rest[1:])
     in_features, out_features = inputs.shape[-1], words.shape[0]
-    flat = inputs.detach().reshape(-1, in_features)
+    flat = inputs.detach().reshape(-1, in_features) if inputs.ndim != 2 or inputs.requires_grad else inputs
     if flat.dtype == torch.float16:  # fp16 products are slow on CPUs; in fp32 the sums are better, too
         bias = None if bias is None else bias.float()
         out = _multiply(flat.float().contiguous(), bias, words, scale, second, layout).half()
@@ -41,27 +41,19 @@ def _multiply(
     inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Tensor, second: Tensor | None, layout: Layout
 ) -> Tensor:
     tokens, in_features = inputs.shape
-    out = torch.empty(tokens, words.shape[0], dtype=inputs.dtype)
+    out = inputs.new_empty(tokens, words.shape[0])
     if out.numel() == 0:
         return out
-    few = FEW_TOKENS[inputs.dtype == torch.bfloat16 and isa() == len(ISAS) - 1]
+    is_bf16, level = inputs.dtype == torch.bfloat16, isa()
+    few = FEW_TOKENS[is_bf16 and level == len(ISAS) - 1]
+    if bias is not None:
+        bias = bias.detach().to(inputs.dtype).contiguous()
     if tokens > few or not units_per_group(layout, in_features) or words.shape[0] == 0:
         return _multiply_panels(inputs, bias, words, scale, second, layout)
     stream = STREAMS.get(words, scale, second, layout, in_features)
-    if bias is not None:
-        bias = bias.detach().contiguous()
-    failed = _kernels().bd_linear(
-        stream.pointer,
-        stream.address,
-        inputs.data_ptr(),
-        tokens,
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        int(inputs.dtype == torch.bfloat16),
-        isa(),
-        torch.get_num_threads(),
-    )
-    if failed:
+    bias_address = None if bias is None else bias.data_ptr()
+    given = (stream.pointer, stream.address, inputs.data_ptr(), tokens, bias_address, out.data_ptr(), is_bf16, level)
+    if _kernels().bd_linear(*given, torch.get_num_threads()):
         raise MemoryError(f"no memory for a copy of {tokens} x {in_features} inputs")
     return out
 
@@ -78,7 +70,7 @@ def _multiply_panels(
     for start in range(0, out_features, height):
         stop = min(start + height, out_features)
         library.bd_dequantize(byref(weight), start, stop, panel.data_ptr(), DENSE_TYPES[panel.dtype], level, threads)
-        part = None if bias is None else bias.detach()[start:stop]
+        part = None if bias is None else bias[start:stop]
         out[:, start:stop] = torch.nn.functional.linear(inputs, panel[: stop - start], part)
     del keep
     return out

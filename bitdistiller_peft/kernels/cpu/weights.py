@@ -11,6 +11,7 @@ import ctypes
 import threading
 import weakref
 from ctypes import byref
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +27,7 @@ UNITS_PER_PACK = {2: 8, 3: 16, 4: 4}
 ALIGNMENT = 64
 
 
+@lru_cache(maxsize=4096)
 def units_per_group(layout: Layout, in_features: int) -> int:
     """Units that share parameters in a stream; 0 where the groups do not fit into one."""
     largest = UNITS_PER_PACK.get(layout.bits, 0)

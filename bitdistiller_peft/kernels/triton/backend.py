@@ -19,8 +19,10 @@ class TritonBackend(OperatorBackend):
 
     name = "triton"
     sweeps = SWEEPS
+    device_type = "cuda"
     linear = torch.ops.bitdistiller.triton_packed_linear
     dense = torch.ops.bitdistiller.triton_dequantize
+    direct_linear = staticmethod(ops.packed_linear)
 
     def is_available(self, device: torch.device) -> bool:
         """On GPUs, where Triton is installed. Its interpreter, for tests, has to be asked for by name."""
