@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +34,7 @@ class Batch(ctypes.Structure):
     )
 
 
-SIGNATURES = {
+SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "llama_model_default_params": (Opaque, ()),
     "llama_context_default_params": (Opaque, ()),
     "llama_model_load_from_file": (ctypes.c_void_p, (ctypes.c_char_p, Opaque)),
@@ -48,18 +49,27 @@ SIGNATURES = {
 }
 
 
+def open_library(signatures: dict[str, tuple[Any, tuple[Any, ...]]]) -> ctypes.CDLL:
+    """The C library, with the functions of some signatures ready to be called.
+
+    Raises:
+        ModuleNotFoundError: the wheel is not installed.
+    """
+    spec = find_spec("xllamacpp")
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError("xllamacpp")
+    library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
+    for name, (result, arguments) in signatures.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+    return library
+
+
 class Scorer:
     """A GGUF file loaded by llama.cpp's own C library."""
 
     def __init__(self, path: Path) -> None:
-        spec = find_spec("xllamacpp")
-        if spec is None or spec.origin is None:
-            raise ModuleNotFoundError("xllamacpp")
-        library = ctypes.CDLL(str(next(Path(spec.origin).parent.glob("xllamacpp*.so"))))
-        for name, (result, arguments) in SIGNATURES.items():
-            function = getattr(library, name)
-            function.restype, function.argtypes = result, arguments
-        self._library = library
+        library = self._library = open_library(SIGNATURES)
         settings = library.llama_context_default_params()
         settings.numbers[:] = (CONTEXT, CONTEXT, CONTEXT)  # n_ctx, n_batch, n_ubatch
         model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())

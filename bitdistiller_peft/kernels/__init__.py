@@ -12,7 +12,14 @@ from bitdistiller_peft.kernels.backend import (
 )
 from bitdistiller_peft.kernels.cpu import CpuBackend, release_streams
 from bitdistiller_peft.kernels.int8 import is_exact_product, ternary_int8_linear, ternary_int8_reference
-from bitdistiller_peft.kernels.ops import dequantize_packed, fake_quantize, packed_embedding, packed_linear, quantize
+from bitdistiller_peft.kernels.ops import (
+    dequantize_packed,
+    fake_quantize,
+    packed_embedding,
+    packed_linear,
+    packed_ternary_int8_linear,
+    quantize,
+)
 from bitdistiller_peft.kernels.precision import LOAD_IN_FP32, multiplies_bf16, warn_of_slow_bf16
 from bitdistiller_peft.kernels.reference import ReferenceBackend, compute_dtype
 from bitdistiller_peft.kernels.triton import TritonBackend
@@ -33,6 +40,7 @@ __all__ = [
     "multiplies_bf16",
     "packed_embedding",
     "packed_linear",
+    "packed_ternary_int8_linear",
     "quantize",
     "register_backend",
     "release_streams",

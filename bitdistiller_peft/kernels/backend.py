@@ -69,6 +69,14 @@ class Backend(ABC):
     ) -> Tensor:
         """Multiply ``[..., in]`` by a packed ``[out, in]`` weight: ``[..., out]`` in the dtype of the inputs."""
 
+    def ternary_sums(self, codes: Tensor, words: Tensor, spec: QuantSpec) -> Tensor | None:
+        """Multiply integers ``[..., in]``, held in fp32, by the signs of a packed ternary weight, exactly.
+
+        Returns:
+            fp32 ``[..., out]``, or `None` for a product with the dense weight.
+        """
+        return None
+
 
 def dequantize_stack(
     backend: Backend, words: Tensor, params: QuantParams, spec: QuantSpec, in_features: int, dtype: torch.dtype

@@ -14,6 +14,9 @@ from bitdistiller_peft.quantizers import QuantParams, QuantSpec
 
 SCALE_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 MAX_READINGS = 4096
+PER_MATRIX = 0  # as a group size
+Weight = tuple[Tensor, Tensor | None, str, int, int, str]
+"""What an operator takes beside the words: scale, zero points or second scale, and the fields of a `Layout`."""
 Reading = tuple[str | None, tuple[str, int, int, str]]
 _readings: dict[int, tuple[QuantSpec, Reading | None]] = {}
 
@@ -84,7 +87,7 @@ def reading_of(spec: QuantSpec) -> Reading | None:
     form = None if key is None else table_form(key, spec.grid.bits)
     reading = None
     if key is not None and form is not None:
-        group_size = 0 if spec.group_size == "tensor" else int(spec.group_size)
+        group_size = PER_MATRIX if spec.group_size == "tensor" else int(spec.group_size)
         reading = form.second, (key, spec.grid.bits, group_size, spec.packing)
     if len(_readings) > MAX_READINGS:
         _readings.clear()
@@ -92,7 +95,7 @@ def reading_of(spec: QuantSpec) -> Reading | None:
     return reading
 
 
-def operator_weight(params: QuantParams, spec: QuantSpec) -> tuple[Tensor, Tensor | None, str, int, int, str]:
+def operator_weight(params: QuantParams, spec: QuantSpec) -> Weight:
     """What an operator takes beside the words: scale, zero points or second scale, and how to read them."""
     reading = reading_of(spec)
     if reading is None:

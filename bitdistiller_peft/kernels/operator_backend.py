@@ -11,9 +11,18 @@ from torch.nn import Parameter
 
 from bitdistiller_peft.errors import WeightError
 from bitdistiller_peft.kernels.backend import Backend, dequantize_stack
-from bitdistiller_peft.kernels.layout import operator_weight
+from bitdistiller_peft.kernels.int8 import exact_sums
+from bitdistiller_peft.kernels.layout import PER_MATRIX, Weight, operator_weight
 from bitdistiller_peft.kernels.reference import compute_dtype
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec
+
+ONE = torch.ones(1, 1)
+
+
+def unit_weight(device: torch.device, spec: QuantSpec) -> Weight:
+    """A ternary weight as an operator takes it, with one in place of its scale: its signs."""
+    grid, bits, _, packing = operator_weight(QuantParams(ONE), spec)[2:]
+    return ONE.to(device), None, grid, bits, PER_MATRIX, packing
 
 
 class OperatorBackend(Backend):
@@ -25,12 +34,14 @@ class OperatorBackend(Backend):
         dense: the operator that gives the dense weight.
         direct_linear: the code behind `linear`, called without the dispatcher where that makes no difference: it takes
             longer than a small product.
+        most_tokens_summed: up to how many tokens `linear` is faster than integer products with a dense weight.
     """
 
     device_type: str
     linear: Any
     dense: Any
     direct_linear: Callable[..., Tensor]
+    most_tokens_summed: int = 0
 
     def dequantize(
         self, words: Tensor, params: QuantParams, spec: QuantSpec, in_features: int, dtype: torch.dtype
@@ -58,9 +69,20 @@ class OperatorBackend(Backend):
             )
         if inputs.dtype != dtype:
             inputs = inputs.to(dtype)
+        return self._multiply(inputs, words, weight, bias)
+
+    def ternary_sums(self, codes: Tensor, words: Tensor, spec: QuantSpec) -> Tensor | None:
+        """The product with a scale of one, or of integers: fp32 holds every sum."""
+        signs = unit_weight(codes.device, spec)
+        if codes.numel() <= self.most_tokens_summed * codes.shape[-1]:
+            return self._multiply(codes, words, signs, None)
+        return exact_sums(codes, self.dense(words, *signs, codes.shape[-1], torch.bfloat16))
+
+    def _multiply(self, inputs: Tensor, words: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         if self.is_plain_call(inputs, words, bias):
             return type(self).direct_linear(inputs, bias, words, *weight)
-        return self.linear(inputs, bias, words, *weight)
+        product: Tensor = self.linear(inputs, bias, words, *weight)
+        return product
 
     def is_plain_call(self, inputs: Tensor, words: Tensor, bias: Tensor | None) -> bool:
         """Whether the operator would do nothing but call its code: no gradient, compilation, tracing or other mode."""

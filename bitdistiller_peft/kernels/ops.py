@@ -6,11 +6,20 @@ import torch
 from torch import Tensor
 
 from bitdistiller_peft.kernels.backend import get_backend, select_backend
+from bitdistiller_peft.kernels.int8 import ternary_int8_linear
 from bitdistiller_peft.kernels.reference import compute_dtype
 from bitdistiller_peft.quantizers import REFERENCE_SWEEPS, QuantParams, QuantSpec, quantize
 from bitdistiller_peft.quantizers import fake_quantize as reference_fake_quantize
+from bitdistiller_peft.quantizers.activation import quantize_activations
 
-__all__ = ["dequantize_packed", "fake_quantize", "packed_embedding", "packed_linear", "quantize"]
+__all__ = [
+    "dequantize_packed",
+    "fake_quantize",
+    "packed_embedding",
+    "packed_linear",
+    "packed_ternary_int8_linear",
+    "quantize",
+]
 
 
 def fake_quantize(
@@ -91,6 +100,32 @@ def packed_linear(
     """
     backend = select_backend(inputs.device, spec, compute_dtype(inputs))
     return backend.packed_linear(inputs, words, params, spec, bias)
+
+
+def packed_ternary_int8_linear(
+    inputs: Tensor, words: Tensor, params: QuantParams, spec: QuantSpec, bias: Tensor | None = None
+) -> Tensor:
+    """Multiply int8-quantized activations by a packed ternary weight, exactly; the same bits on every backend.
+
+    Args:
+        inputs: ``[..., in]``, any floating dtype, not yet quantized.
+        words: int32 ``[out, words]``.
+        params: as for `dequantize_packed`, with one scale per row or matrix, see `is_exact_product`.
+        spec: how the weight was quantized.
+        bias: ``[out]`` or `None`.
+
+    Returns:
+        ``[..., out]`` in the dtype of the inputs (or autocast's), differentiable as `ternary_int8_linear` is.
+    """
+    total = None
+    if not (torch.is_grad_enabled() and inputs.requires_grad):
+        codes, step = quantize_activations(inputs)
+        total = select_backend(words.device, spec, torch.float32).ternary_sums(codes, words, spec)
+    if total is None:
+        weight = dequantize_packed(words, params, spec, inputs.shape[-1], torch.float32)
+        return ternary_int8_linear(inputs, weight, bias)
+    values = total * params.scale.float().T * step
+    return (values if bias is None else values + bias.float()).to(compute_dtype(inputs))
 
 
 def packed_embedding(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bitdistiller_peft.errors import TargetError
-from bitdistiller_peft.kernels import dequantize_packed, is_exact_product, packed_linear, ternary_int8_linear
+from bitdistiller_peft.kernels import dequantize_packed, is_exact_product, packed_linear, packed_ternary_int8_linear
 from bitdistiller_peft.layers.companions import (
     companion,
     companion_suffixes,
@@ -118,7 +118,7 @@ class PackedLinear(nn.Linear):
         input = normalized(self, input)
         if activation_bits(self) is not None:
             if is_exact_product(self.spec, self.in_features):
-                return ternary_int8_linear(input, self.dequantize(), bias)
+                return packed_ternary_int8_linear(input, self.weight, packed_params(self, "weight"), self.spec, bias)
             input = fake_quantize_activations(input)
         return packed_linear(input, self.weight, packed_params(self, "weight"), self.spec, bias)
 

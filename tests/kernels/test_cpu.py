@@ -11,11 +11,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from bitdistiller_peft.grids import CodebookGrid, grid_names
-from bitdistiller_peft.kernels import dequantize_packed, packed_linear, use_backend
+from bitdistiller_peft.kernels import dequantize_packed, packed_linear, packed_ternary_int8_linear, use_backend
 from bitdistiller_peft.kernels.cpu import best_isa, ops
 from bitdistiller_peft.kernels.cpu.library import ISAS, load
 from bitdistiller_peft.layers.companions import packed_tensors
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec
+from bitdistiller_peft.quantizers.activation import quantize_activations
 from tests.kernels import products
 from tests.kernels.products import Packed, each_dtype, pack, weight_of
 from tests.quantizers.samples import GRIDS, each_grid, hard_weight, normal
@@ -115,6 +116,26 @@ def test_strange_inputs(isa: str, dtype: torch.dtype) -> None:
     got = packed_linear(broken, case.words, case.params, spec)
     assert bool(got[0].isfinite().all())
     assert not bool(got[2].isfinite().any())
+
+
+@with_isa
+@pytest.mark.parametrize("group_size", ["tensor", -1])
+@pytest.mark.parametrize("packing", ["bitstream", "base3"])
+@pytest.mark.parametrize("tokens", [0, 1, 7, 24, 25, 64, 130])
+def test_ternary_times_int8_is_exact_for_any_number_of_tokens(
+    isa: str, group_size: object, packing: str, tokens: int
+) -> None:
+    for rows, width in ((9, 544), (5, 43)):
+        spec = QuantSpec.create("ternary", 2, group_size=group_size).packed_as(packing)  # type: ignore[arg-type]
+        case, bias = pack(normal(rows, width), spec), normal(rows, seed=2)
+        for dtype in (torch.float32, torch.bfloat16):
+            inputs = (normal(2, tokens, width, seed=1) * 3).to(dtype)
+            codes, step = quantize_activations(inputs)
+            signs = weight_of(case, torch.float32).sign().to(torch.int64)
+            total = (codes.to(torch.int64) @ signs.T).float() * case.params.scale.float().T * step
+            wanted = (total + bias).to(dtype)
+            got = packed_ternary_int8_linear(inputs, case.words, case.params, spec, bias)
+            assert torch.equal(got, wanted)
 
 
 @with_isa

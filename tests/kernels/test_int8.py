@@ -6,12 +6,20 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bitdistiller_peft.kernels import int8, is_exact_product, ternary_int8_linear, ternary_int8_reference
+from bitdistiller_peft.kernels import (
+    int8,
+    is_exact_product,
+    ternary_int8_linear,
+    ternary_int8_reference,
+    use_backend,
+)
+from bitdistiller_peft.kernels.cpu.library import load
 from bitdistiller_peft.layers import PackedLinear
 from bitdistiller_peft.quantizers import QuantSpec, dequantize, fake_quantize_activations, find_params, quantize
 from bitdistiller_peft.quantizers.activation import quantize_activations
 
 SPECS = {size: QuantSpec.create("ternary", 2, group_size=size, gradient="ste") for size in ("tensor", -1)}
+BACKENDS = ["reference", *(["cpu"] if load() else [])]
 each_size = pytest.mark.parametrize("size", SPECS, ids=str)
 
 
@@ -51,6 +59,41 @@ def test_a_packed_layer_multiplies_as_64_bit_integers_do(
     integers = (inputs * (127 / largest)).round().to(torch.int64)
     total = integers @ (codes.to(torch.int64) - 1).T
     assert torch.equal(layer(inputs), total.float() * params.scale.float().T * (largest / 127))
+
+
+@each_size
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_packed_layer_has_the_gradients_of_the_dense_weight(
+    size: int | str, backend: str, generator: torch.Generator
+) -> None:
+    codes, params, weight = ternary(size, generator)
+    layer = PackedLinear.from_codes(codes, params, SPECS[size], torch.randn(24, generator=generator))
+    layer.activation_bits = 8
+    layer.bias.requires_grad_()
+    inputs, upstream = torch.randn(5, 300, generator=generator), torch.randn(5, 24, generator=generator)
+    found = []
+    for product in (layer, lambda x: ternary_int8_linear(x, weight, layer.bias)):
+        given, layer.bias.grad = inputs.clone().requires_grad_(), None
+        with use_backend(backend):
+            output = product(given)
+            output.backward(upstream)
+            with torch.no_grad():
+                assert torch.equal(product(inputs), output)
+        found.append((output, given.grad, layer.bias.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="the CPU kernels cannot be compiled on this machine")
+def test_a_compiled_packed_layer_sums_the_same_integers(generator: torch.Generator) -> None:
+    torch.compiler.reset()
+    codes, params, _ = ternary("tensor", generator)
+    layer = PackedLinear.from_codes(codes, params, SPECS["tensor"])
+    layer.activation_bits = 8
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    inputs = torch.randn(3, 300, generator=generator)
+    with torch.no_grad(), use_backend("cpu"):
+        assert torch.equal(compiled(inputs), layer(inputs))
 
 
 @pytest.mark.parametrize("shape", [(0, 300), (2, 0, 300), (300,)], ids=str)

@@ -19,6 +19,11 @@ from bitdistiller_peft.kernels.layout import Layout
 from bitdistiller_peft.kernels.operators import LIBRARY, define_pair
 
 DENSE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+LINEAR_TYPES = {  # of inputs and outputs, as the library counts them
+    (torch.float32, torch.float32): 0,
+    (torch.bfloat16, torch.bfloat16): 1,
+    (torch.bfloat16, torch.float32): 2,
+}
 PANEL_BYTES = 1 << 20
 # up to how many tokens the stream is faster than panels, with bf16 products and without (benchmarks/inference_cpu.py)
 FEW_TOKENS = {True: 128, False: 64}
@@ -44,16 +49,60 @@ def _multiply(
     out = inputs.new_empty(tokens, words.shape[0])
     if out.numel() == 0:
         return out
-    is_bf16, level = inputs.dtype == torch.bfloat16, isa()
-    few = FEW_TOKENS[is_bf16 and level == len(ISAS) - 1]
     if bias is not None:
         bias = bias.detach().to(inputs.dtype).contiguous()
-    if tokens > few or not units_per_group(layout, in_features) or words.shape[0] == 0:
+    if tokens > few_tokens(inputs.dtype) or not units_per_group(layout, in_features) or words.shape[0] == 0:
         return _multiply_panels(inputs, bias, words, scale, second, layout)
+    return stream_product(inputs, out, bias, words, scale, second, layout)
+
+
+def has_bfloat_products() -> bool:
+    """Whether the instruction set in use multiplies bf16."""
+    return isa() == len(ISAS) - 1
+
+
+def few_tokens(dtype: torch.dtype) -> int:
+    """Up to how many tokens of a dtype streams are multiplied."""
+    return FEW_TOKENS[dtype == torch.bfloat16 and has_bfloat_products()]
+
+
+def stream_product(
+    inputs: Tensor,
+    out: Tensor,
+    bias: Tensor | None,
+    words: Tensor,
+    scale: Tensor,
+    second: Tensor | None,
+    layout: Layout,
+) -> Tensor:
+    """Multiply by the stream of a weight whose groups fit into one, and return `out`.
+
+    Args:
+        inputs: contiguous ``[tokens, in]``, at least one token.
+        out: contiguous ``[tokens, out]``, see `LINEAR_TYPES` for the dtypes.
+        bias: contiguous, of the dtype of `out`, or `None`.
+        words: see `packed_linear`, as the others.
+        scale: see there.
+        second: see there.
+        layout: see there.
+
+    Raises:
+        MemoryError: no memory for a padded copy of the inputs.
+    """
+    tokens, in_features = inputs.shape
     stream = STREAMS.get(words, scale, second, layout, in_features)
-    bias_address = None if bias is None else bias.data_ptr()
-    given = (stream.pointer, stream.address, inputs.data_ptr(), tokens, bias_address, out.data_ptr(), is_bf16, level)
-    if _kernels().bd_linear(*given, torch.get_num_threads()):
+    failed = _kernels().bd_linear(
+        stream.pointer,
+        stream.address,
+        inputs.data_ptr(),
+        tokens,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        LINEAR_TYPES[inputs.dtype, out.dtype],
+        isa(),
+        torch.get_num_threads(),
+    )
+    if failed:
         raise MemoryError(f"no memory for a copy of {tokens} x {in_features} inputs")
     return out
 

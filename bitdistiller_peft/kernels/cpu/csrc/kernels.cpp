@@ -21,6 +21,7 @@ using namespace bd;
 namespace {
 
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
+enum Types : int32_t { kFloats = 0, kBfloats = 1, kBfloatToFloat = 2 };  // of inputs, bias and outputs
 
 // One row of the stream: codes of every unit, into the strip.
 void write_row(const BdWeight& w, const BdStream& s, int64_t row, uint8_t* strip) {
@@ -156,7 +157,7 @@ BD_EACH_ISA(magnitudes, (const float* w, int64_t size, double* sums, int64_t fir
 extern "C" {
 
 // Changes when a structure or a signature does.
-int32_t bd_version() { return 1; }
+int32_t bd_version() { return 2; }
 
 int32_t bd_best_isa() {
 #ifdef BD_X86
@@ -217,12 +218,13 @@ void bd_write_stream(const BdWeight* w, const BdStream* s, uint8_t* out, int32_t
 
 // out[tokens, rows] = x[tokens, cols] * weight' + bias, all of one dtype, contiguous. Returns 0, or 1 without memory.
 int32_t bd_linear(const BdStream* s, const uint8_t* data, const void* x, int64_t tokens, const void* bias, void* out,
-                  int32_t bfloat, int32_t isa, int32_t threads) {
+                  int32_t types, int32_t isa, int32_t threads) {
+    const bool takes_bfloat = types != kFloats, gives_bfloat = types == kBfloats;
     Inputs inputs;
-    if (!prepare_inputs(inputs, x, tokens, s->cols, bfloat != 0, isa)) return 1;
+    if (!prepare_inputs(inputs, x, tokens, s->cols, takes_bfloat, isa)) return 1;
     std::atomic<bool> failed{false};
-    const Linear call{s, data, inputs.data, inputs.stride, tokens, bias, out, bfloat != 0, bfloat != 0, &failed};
-    const LinearKernel kernel = linear_kernel(bfloat != 0, isa);
+    const Linear call{s, data, inputs.data, inputs.stride, tokens, bias, out, gives_bfloat, takes_bfloat, &failed};
+    const LinearKernel kernel = linear_kernel(takes_bfloat, isa);
     parallel((s->rows + kRows - 1) / kRows, threads, [&](int64_t first, int64_t last) { kernel(call, first, last); });
     return failed ? 1 : 0;
 }
