@@ -69,11 +69,13 @@ class Backend(ABC):
     ) -> Tensor:
         """Multiply ``[..., in]`` by a packed ``[out, in]`` weight: ``[..., out]`` in the dtype of the inputs."""
 
-    def ternary_sums(self, codes: Tensor, words: Tensor, spec: QuantSpec) -> Tensor | None:
-        """Multiply integers ``[..., in]``, held in fp32, by the signs of a packed ternary weight, exactly.
+    def ternary_int8_linear(
+        self, inputs: Tensor, words: Tensor, params: QuantParams, spec: QuantSpec, bias: Tensor | None
+    ) -> Tensor | None:
+        """Multiply int8-quantized activations by a packed ternary weight, exactly; no gradient.
 
         Returns:
-            fp32 ``[..., out]``, or `None` for a product with the dense weight.
+            ``[..., out]`` as `kernels.ternary_int8_linear` gives it, or `None` for a product with the dense weight.
         """
         return None
 

@@ -84,6 +84,20 @@ def exact_sums(codes: Tensor, signs: Tensor) -> Tensor:
     return F.linear(codes, signs.float())
 
 
+def finish_sums(sums: Tensor, scale: Tensor, step: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Scale exact sums, in the declared order.
+
+    Args:
+        sums: fp32 ``[..., out]``.
+        scale: ``[out, 1]`` or ``[1, 1]``, in its storage dtype.
+        step: fp32 ``[..., 1]``.
+        bias: ``[out]`` or `None`.
+        dtype: of the result.
+    """
+    values = sums * scale.float().T * step
+    return (values if bias is None else values + bias.float()).to(dtype)
+
+
 def _has_integer_product(device: torch.device) -> bool:
     """Whether int8 matrices multiply faster than fp32 ones here: with AVX-512 VNNI, three to six times."""
     return device.type == "cpu" and torch._C._has_mkldnn and bool(torch.cpu._is_vnni_supported())

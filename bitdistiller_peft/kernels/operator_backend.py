@@ -11,10 +11,11 @@ from torch.nn import Parameter
 
 from bitdistiller_peft.errors import WeightError
 from bitdistiller_peft.kernels.backend import Backend, dequantize_stack
-from bitdistiller_peft.kernels.int8 import exact_sums
+from bitdistiller_peft.kernels.int8 import exact_sums, finish_sums
 from bitdistiller_peft.kernels.layout import PER_MATRIX, Weight, operator_weight
 from bitdistiller_peft.kernels.reference import compute_dtype
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec
+from bitdistiller_peft.quantizers.activation import quantize_activations
 
 ONE = torch.ones(1, 1)
 
@@ -71,12 +72,17 @@ class OperatorBackend(Backend):
             inputs = inputs.to(dtype)
         return self._multiply(inputs, words, weight, bias)
 
-    def ternary_sums(self, codes: Tensor, words: Tensor, spec: QuantSpec) -> Tensor | None:
+    def ternary_int8_linear(
+        self, inputs: Tensor, words: Tensor, params: QuantParams, spec: QuantSpec, bias: Tensor | None
+    ) -> Tensor | None:
         """The product with a scale of one, or of integers: fp32 holds every sum."""
-        signs = unit_weight(codes.device, spec)
+        signs = unit_weight(inputs.device, spec)
+        codes, step = quantize_activations(inputs)
         if codes.numel() <= self.most_tokens_summed * codes.shape[-1]:
-            return self._multiply(codes, words, signs, None)
-        return exact_sums(codes, self.dense(words, *signs, codes.shape[-1], torch.bfloat16))
+            sums = self._multiply(codes, words, signs, None)
+        else:
+            sums = exact_sums(codes, self.dense(words, *signs, codes.shape[-1], torch.bfloat16))
+        return finish_sums(sums, params.scale, step, bias, compute_dtype(inputs))
 
     def _multiply(self, inputs: Tensor, words: Tensor, weight: Weight, bias: Tensor | None) -> Tensor:
         if self.is_plain_call(inputs, words, bias):

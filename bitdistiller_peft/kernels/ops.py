@@ -10,7 +10,6 @@ from bitdistiller_peft.kernels.int8 import ternary_int8_linear
 from bitdistiller_peft.kernels.reference import compute_dtype
 from bitdistiller_peft.quantizers import REFERENCE_SWEEPS, QuantParams, QuantSpec, quantize
 from bitdistiller_peft.quantizers import fake_quantize as reference_fake_quantize
-from bitdistiller_peft.quantizers.activation import quantize_activations
 
 __all__ = [
     "dequantize_packed",
@@ -117,15 +116,13 @@ def packed_ternary_int8_linear(
     Returns:
         ``[..., out]`` in the dtype of the inputs (or autocast's), differentiable as `ternary_int8_linear` is.
     """
-    total = None
-    if not (torch.is_grad_enabled() and inputs.requires_grad):
-        codes, step = quantize_activations(inputs)
-        total = select_backend(words.device, spec, torch.float32).ternary_sums(codes, words, spec)
-    if total is None:
-        weight = dequantize_packed(words, params, spec, inputs.shape[-1], torch.float32)
-        return ternary_int8_linear(inputs, weight, bias)
-    values = total * params.scale.float().T * step
-    return (values if bias is None else values + bias.float()).to(compute_dtype(inputs))
+    if not (torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))):
+        backend = select_backend(words.device, spec, torch.float32)
+        out = backend.ternary_int8_linear(inputs, words, params, spec, bias)
+        if out is not None:
+            return out
+    weight = dequantize_packed(words, params, spec, inputs.shape[-1], torch.float32)
+    return ternary_int8_linear(inputs, weight, bias)
 
 
 def packed_embedding(

@@ -139,6 +139,26 @@ def test_ternary_times_int8_is_exact_for_any_number_of_tokens(
 
 
 @with_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_ternary_times_int8_of_strange_inputs(isa: str, dtype: torch.dtype) -> None:
+    spec = QuantSpec.create("ternary", 2, group_size="tensor")
+    case = pack(normal(9, 96), spec)
+    inputs = normal(6, 96, seed=1).to(dtype)
+    inputs[0] = 0
+    inputs[1] *= 1e30
+    inputs[2] = 1e-30
+    wanted = packed_ternary_int8_linear(inputs, case.words, case.params, spec)
+    with use_backend("reference"):
+        assert torch.equal(wanted, packed_ternary_int8_linear(inputs, case.words, case.params, spec))
+    apart = torch.stack([inputs, inputs], 1)[:, 0]  # rows that lie apart
+    assert torch.equal(packed_ternary_int8_linear(apart, case.words, case.params, spec), wanted)
+    inputs[3, 95], inputs[4, 0] = torch.nan, torch.inf
+    got = packed_ternary_int8_linear(inputs, case.words, case.params, spec)
+    assert bool(got[3:5].isnan().all())
+    assert torch.equal(got[[0, 1, 2, 5]], wanted[[0, 1, 2, 5]])
+
+
+@with_isa
 def test_a_value_of_each_code_in_each_place(isa: str) -> None:
     """One input at a time, so that a code in the wrong lane, unit or row shows."""
     for bits in (2, 3, 4):

@@ -10,9 +10,10 @@ from bitdistiller_peft.kernels.cpu import ops
 from bitdistiller_peft.kernels.cpu.fake import SWEEPS
 from bitdistiller_peft.kernels.cpu.library import ISAS, isa, load
 from bitdistiller_peft.kernels.cpu.weights import STREAMS
-from bitdistiller_peft.kernels.layout import Layout, reading_of
+from bitdistiller_peft.kernels.layout import reading_of
 from bitdistiller_peft.kernels.operator_backend import OperatorBackend, unit_weight
-from bitdistiller_peft.quantizers import QuantSpec
+from bitdistiller_peft.kernels.reference import compute_dtype
+from bitdistiller_peft.quantizers import QuantParams, QuantSpec
 
 
 class CpuBackend(OperatorBackend):
@@ -34,17 +35,16 @@ class CpuBackend(OperatorBackend):
         """Every registered grid with a table form."""
         return dtype in ops.DENSE_TYPES and reading_of(spec) is not None
 
-    def ternary_sums(self, codes: Tensor, words: Tensor, spec: QuantSpec) -> Tensor | None:
-        """Few tokens in bf16 where the processor multiplies it: it holds 8-bit integers, and fp32 their sums."""
-        if not self.is_plain_call(codes, words, None) or not ops.has_bfloat_products():
-            return super().ternary_sums(codes, words, spec)
-        tokens = codes.numel() // codes.shape[-1]
-        if not 0 < tokens <= ops.few_tokens(torch.bfloat16):
-            return super().ternary_sums(codes, words, spec)
-        scale, second, *layout = unit_weight(codes.device, spec)
-        out = codes.new_empty(*codes.shape[:-1], len(words))
-        flat = codes.reshape(tokens, -1).bfloat16()
-        return ops.stream_product(flat, out, None, words, scale, second, Layout(*layout))  # type: ignore[arg-type]
+    def ternary_int8_linear(
+        self, inputs: Tensor, words: Tensor, params: QuantParams, spec: QuantSpec, bias: Tensor | None
+    ) -> Tensor | None:
+        """Few tokens in one call, in bf16 where the processor multiplies it: it holds 8-bit integers."""
+        if inputs.dtype == compute_dtype(inputs) and self.is_plain_call(inputs, words, bias):
+            tokens = inputs.numel() // inputs.shape[-1]
+            most = ops.few_tokens(torch.bfloat16) if ops.has_bfloat_products() else self.most_tokens_summed
+            if inputs.dtype in ops.TERNARY_TYPES and 0 < tokens <= most:
+                return ops.ternary_int8_linear(inputs, bias, words, params.scale, unit_weight(inputs.device, spec))
+        return super().ternary_int8_linear(inputs, words, params, spec, bias)
 
     def details(self) -> str:
         """The instruction set in use."""

@@ -68,6 +68,10 @@ _SIGNATURES = {
         c_int32,
         (c_void_p, c_void_p, c_void_p, c_int64, c_void_p, c_void_p, c_int32, c_int32, c_int32),
     ),
+    "bd_ternary_int8": (
+        c_int32,
+        (*(c_void_p,) * 3, c_int64, c_void_p, c_int32, c_int32, c_void_p, c_void_p, c_int32, c_int32, c_int32),
+    ),
     "bd_fake_quantize": (None, (POINTER(FakeStruct), c_int32, c_int32)),
     "bd_fake_quantize_backward": (None, (POINTER(FakeStruct), c_int32, c_int32)),
     "bd_ends": (None, (c_void_p, c_int64, c_int64, c_void_p, c_void_p, c_int32, c_int32)),

@@ -15,15 +15,11 @@ from torch import Tensor
 from bitdistiller_peft.errors import StateError
 from bitdistiller_peft.kernels.cpu.library import ISAS, isa, load
 from bitdistiller_peft.kernels.cpu.weights import STREAMS, describe, units_per_group
-from bitdistiller_peft.kernels.layout import Layout
+from bitdistiller_peft.kernels.layout import SCALE_TYPES, Layout, Weight
 from bitdistiller_peft.kernels.operators import LIBRARY, define_pair
 
 DENSE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-LINEAR_TYPES = {  # of inputs and outputs, as the library counts them
-    (torch.float32, torch.float32): 0,
-    (torch.bfloat16, torch.bfloat16): 1,
-    (torch.bfloat16, torch.float32): 2,
-}
+TERNARY_TYPES = {torch.float32: 0, torch.bfloat16: 1}
 PANEL_BYTES = 1 << 20
 # up to how many tokens the stream is faster than panels, with bf16 products and without (benchmarks/inference_cpu.py)
 FEW_TOKENS = {True: 128, False: 64}
@@ -53,7 +49,21 @@ def _multiply(
         bias = bias.detach().to(inputs.dtype).contiguous()
     if tokens > few_tokens(inputs.dtype) or not units_per_group(layout, in_features) or words.shape[0] == 0:
         return _multiply_panels(inputs, bias, words, scale, second, layout)
-    return stream_product(inputs, out, bias, words, scale, second, layout)
+    stream = STREAMS.get(words, scale, second, layout, in_features)
+    failed = _kernels().bd_linear(
+        stream.pointer,
+        stream.address,
+        inputs.data_ptr(),
+        tokens,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        int(inputs.dtype == torch.bfloat16),
+        isa(),
+        torch.get_num_threads(),
+    )
+    if failed:
+        raise MemoryError(f"no memory for a copy of {tokens} x {in_features} inputs")
+    return out
 
 
 def has_bfloat_products() -> bool:
@@ -66,44 +76,42 @@ def few_tokens(dtype: torch.dtype) -> int:
     return FEW_TOKENS[dtype == torch.bfloat16 and has_bfloat_products()]
 
 
-def stream_product(
-    inputs: Tensor,
-    out: Tensor,
-    bias: Tensor | None,
-    words: Tensor,
-    scale: Tensor,
-    second: Tensor | None,
-    layout: Layout,
+def ternary_int8_linear(
+    inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Tensor, unit_weight: Weight
 ) -> Tensor:
-    """Multiply by the stream of a weight whose groups fit into one, and return `out`.
+    """Multiply activations, rounded to 8-bit integers, by a ternary weight whose groups fit into a stream; exact.
 
     Args:
-        inputs: contiguous ``[tokens, in]``, at least one token.
-        out: contiguous ``[tokens, out]``, see `LINEAR_TYPES` for the dtypes.
-        bias: contiguous, of the dtype of `out`, or `None`.
-        words: see `packed_linear`, as the others.
-        scale: see there.
-        second: see there.
-        layout: see there.
+        inputs: ``[..., in]``, fp32 or bf16, at least one token.
+        bias: ``[out]`` or `None`.
+        words: see `packed_linear`.
+        scale: one per row or one in all, in its storage dtype.
+        unit_weight: the weight with a scale of one.
 
-    Raises:
-        MemoryError: no memory for a padded copy of the inputs.
+    Returns:
+        ``[..., out]`` in the dtype of the inputs.
     """
-    tokens, in_features = inputs.shape
-    stream = STREAMS.get(words, scale, second, layout, in_features)
-    failed = _kernels().bd_linear(
+    in_features, one, layout = inputs.shape[-1], unit_weight[0], Layout(*unit_weight[2:])
+    given = inputs.detach().contiguous()
+    out = given.new_empty(*inputs.shape[:-1], words.shape[0])
+    stream = STREAMS.get(words, one, None, layout, in_features)
+    scale, bias = scale.detach().contiguous(), None if bias is None else bias.detach().float().contiguous()
+    failed = _kernels().bd_ternary_int8(
         stream.pointer,
         stream.address,
-        inputs.data_ptr(),
-        tokens,
+        given.data_ptr(),
+        given.numel() // in_features,
+        scale.data_ptr(),
+        SCALE_TYPES[scale.dtype],
+        scale.numel() == 1,
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
-        LINEAR_TYPES[inputs.dtype, out.dtype],
+        TERNARY_TYPES[inputs.dtype],
         isa(),
         torch.get_num_threads(),
     )
     if failed:
-        raise MemoryError(f"no memory for a copy of {tokens} x {in_features} inputs")
+        raise MemoryError(f"no memory for the sums of {tuple(out.shape)}")
     return out
 
 

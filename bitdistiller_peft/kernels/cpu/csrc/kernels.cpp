@@ -15,6 +15,7 @@
 #include "layout.h"
 #include "parallel.h"
 #include "portable.h"
+#include "ternary.h"
 
 using namespace bd;
 
@@ -127,30 +128,34 @@ void dequantize_row(const BdWeight& w, int64_t row, void* out, int type, int isa
     }
 }
 
-// The loops of fake.h, compiled once for each instruction set: `BD_EACH_ISA(name, parameters, arguments)` defines
-// `name` for ranges of runs.
+// The loops of fake.h and ternary.h, compiled once for each instruction set: `BD_EACH_ISA(space, name, parameters,
+// arguments)` defines `name` for ranges of runs or tokens.
 #ifdef BD_X86
-#define BD_EACH_ISA(name, parameters, arguments)                                                                \
-    void name##_portable parameters { fake::name arguments; }                                                   \
-    __attribute__((target("avx2,fma"))) void name##_avx2 parameters { fake::name arguments; }                   \
+#define BD_EACH_ISA(space, name, parameters, arguments)                                                         \
+    void name##_portable parameters { space::name arguments; }                                                  \
+    __attribute__((target("avx2,fma"))) void name##_avx2 parameters { space::name arguments; }                  \
     __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))) void name##_avx512 parameters {               \
-        fake::name arguments;                                                                                   \
+        space::name arguments;                                                                                  \
     }                                                                                                           \
     auto name##_for(int isa) {                                                                                  \
         return isa >= kAvx512 ? name##_avx512 : isa >= kAvx2 ? name##_avx2 : name##_portable;                   \
     }
 #else
-#define BD_EACH_ISA(name, parameters, arguments)                                                                \
-    void name##_portable parameters { fake::name arguments; }                                                   \
+#define BD_EACH_ISA(space, name, parameters, arguments)                                                         \
+    void name##_portable parameters { space::name arguments; }                                                  \
     auto name##_for(int) { return name##_portable; }
 #endif
 
-BD_EACH_ISA(forward, (const BdFake& call, int64_t first, int64_t last), (call, first, last))
-BD_EACH_ISA(backward, (const BdFake& call, int64_t first, int64_t last), (call, first, last))
-BD_EACH_ISA(ends, (const float* w, int64_t size, float* low, float* high, int64_t first, int64_t last),
+BD_EACH_ISA(fake, forward, (const BdFake& call, int64_t first, int64_t last), (call, first, last))
+BD_EACH_ISA(fake, backward, (const BdFake& call, int64_t first, int64_t last), (call, first, last))
+BD_EACH_ISA(fake, ends, (const float* w, int64_t size, float* low, float* high, int64_t first, int64_t last),
             (w, size, low, high, first, last))
-BD_EACH_ISA(magnitudes, (const float* w, int64_t size, double* sums, int64_t first, int64_t last),
+BD_EACH_ISA(fake, magnitudes, (const float* w, int64_t size, double* sums, int64_t first, int64_t last),
             (w, size, sums, first, last))
+BD_EACH_ISA(ternary, activations, (const ternary::Activations& call, int64_t first, int64_t last),
+            (call, first, last))
+BD_EACH_ISA(ternary, outputs, (const ternary::Finish& call, int64_t first, int64_t last),
+            (call, first, last))
 
 }  // namespace
 
@@ -227,6 +232,25 @@ int32_t bd_linear(const BdStream* s, const uint8_t* data, const void* x, int64_t
     const LinearKernel kernel = linear_kernel(takes_bfloat, isa);
     parallel((s->rows + kRows - 1) / kRows, threads, [&](int64_t first, int64_t last) { kernel(call, first, last); });
     return failed ? 1 : 0;
+}
+
+// out = (codes of x) * (signs of the weight)' * scale * step + bias, exactly; see ternary.h. The stream has a scale of one;
+// out has the dtype of x. Returns 0, or 1 without memory.
+int32_t bd_ternary_int8(const BdStream* s, const uint8_t* data, const void* x, int64_t tokens, const void* scale,
+                        int32_t scale_type, int32_t per_matrix, const float* bias, void* out, int32_t bfloat,
+                        int32_t isa, int32_t threads) {
+    const size_t codes = static_cast<size_t>(tokens * s->cols), sums = static_cast<size_t>(tokens * s->rows);
+    const std::unique_ptr<uint16_t[]> codes_room(new (std::nothrow) uint16_t[codes]);
+    const size_t floats = sums + static_cast<size_t>(tokens) + static_cast<size_t>(s->cols);
+    const std::unique_ptr<float[]> room(new (std::nothrow) float[floats]);
+    if (!codes_room || !room) return 1;
+    float *steps = room.get() + sums, *row = steps + tokens;
+    const ternary::Activations given{x, bfloat != 0, s->cols, row, codes_room.get(), steps};
+    activations_for(isa)(given, 0, tokens);
+    if (bd_linear(s, data, codes_room.get(), tokens, nullptr, room.get(), kBfloatToFloat, isa, threads)) return 1;
+    const ternary::Finish call{room.get(), scale, scale_type, per_matrix, steps, bias, out, bfloat != 0, s->rows};
+    outputs_for(isa)(call, 0, tokens);
+    return 0;
 }
 
 // Rows [first, last) of the dense weight, as contiguous rows from `out`.
