@@ -34,7 +34,9 @@ class Batch(ctypes.Structure):
     )
 
 
+QUIET = ctypes.CFUNCTYPE(None, ctypes.c_int32, ctypes.c_char_p, ctypes.c_void_p)(lambda level, text, data: None)
 SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "llama_log_set": (None, (ctypes.c_void_p, ctypes.c_void_p)),
     "llama_model_default_params": (Opaque, ()),
     "llama_context_default_params": (Opaque, ()),
     "llama_model_load_from_file": (ctypes.c_void_p, (ctypes.c_char_p, Opaque)),
@@ -70,6 +72,7 @@ class Scorer:
 
     def __init__(self, path: Path) -> None:
         library = self._library = open_library(SIGNATURES)
+        library.llama_log_set(QUIET, None)
         settings = library.llama_context_default_params()
         settings.numbers[:] = (CONTEXT, CONTEXT, CONTEXT)  # n_ctx, n_batch, n_ubatch
         model = library.llama_model_load_from_file(str(path).encode(), library.llama_model_default_params())
@@ -79,13 +82,29 @@ class Scorer:
 
     def logits(self, ids: list[int]) -> Tensor:
         """Logits after every token: fp32 ``[tokens, vocabulary]``."""
-        count = len(ids)
+        self._forget()
+        return torch.from_numpy(self._decode(ids, 0, [1] * len(ids)).copy())
+
+    def generate(self, prompt: list[int], num_tokens: int) -> list[int]:
+        """Take the best token again and again, each step behind the cache of the last."""
+        self._forget()
+        found: list[int] = []
+        step, past = prompt, 0
+        while len(found) < num_tokens:
+            logits = self._decode(step, past, [0] * (len(step) - 1) + [1])
+            past += len(step)
+            step = [int(logits[-1].argmax())]
+            found += step
+        return found
+
+    def _forget(self) -> None:
         self._library.llama_memory_clear(self._library.llama_get_memory(self._context), True)
+
+    def _decode(self, ids: list[int], past: int, wanted: list[int]) -> np.ndarray[Any, Any]:
+        count = len(ids)
         token = (ctypes.c_int32 * count)(*ids)
-        position = (ctypes.c_int32 * count)(*range(count))
-        wanted = (ctypes.c_int8 * count)(*[1] * count)
-        batch = Batch(n_tokens=count, token=token, pos=position, logits=wanted)
+        position = (ctypes.c_int32 * count)(*range(past, past + count))
+        batch = Batch(n_tokens=count, token=token, pos=position, logits=(ctypes.c_int8 * count)(*wanted))
         if self._library.llama_decode(self._context, batch) != 0:
             raise RuntimeError("llama_decode failed")
-        found = np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (count, self._vocab_size))
-        return torch.from_numpy(found.copy())
+        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (sum(wanted), self._vocab_size))

@@ -6,7 +6,11 @@ wall seconds otherwise, and medians count. "Streaming" is the time to read as ma
 with the fastest loop at hand, from memory, in the same round.
 
     python -m benchmarks.inference_cpu                        # one thread, 4096 x 4096 and 11008 x 4096
-    python -m benchmarks.inference_cpu --model PACKED --base FULL-PRECISION
+    python -m benchmarks.inference_cpu --base FULL-PRECISION --models int2=PACKED ternary=PACKED --gguf FILE
+    python -m benchmarks.inference_cpu --make-0.6b FOLDER     # also a random model of 0.6B, ternary (2 GB)
+
+Where `xllamacpp`, `onnxruntime` and `onnx` are installed, their products with 2-bit weights take turns with ours; both
+round the activations to 8-bit integers, which ours do for ternary weights only.
 """
 
 from __future__ import annotations
@@ -22,11 +26,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
 
+from benchmarks import _inference_models
+from benchmarks._inference_peers import peers
 from benchmarks._results import figure, table, write_results
 from bitdistiller_peft import use_backend
-from bitdistiller_peft.kernels import backend_info, packed_linear
+from bitdistiller_peft.kernels import backend_info, packed_linear, packed_ternary_int8_linear
 from bitdistiller_peft.kernels.cpu.library import isa, load
 from bitdistiller_peft.kernels.cpu.weights import Stream
 from bitdistiller_peft.layers import PackedLinear
@@ -36,6 +41,8 @@ from bitdistiller_peft.quantizers import QuantParams, QuantSpec
 SHAPES = ((4096, 4096), (11008, 4096))
 KINDS = (("int", 2), ("int", 3), ("int", 4), ("nf", 3))
 GROUP_SIZE = 128
+INTEGERS = "ternary x int8"  # the one of ours that rounds its inputs
+PEERS = {"llama.cpp Q2_K": "int2", "llama.cpp TQ2_0": INTEGERS, "onnxruntime int2": "int2"}  # and which of ours
 COLD_BYTES = 160 << 20  # more than the last-level cache holds
 ASKED = {"roof": 1.6, "speedup": {("int", 2): 8.0, ("int", 3): 5.0}, "batch": 1.3}
 
@@ -50,9 +57,9 @@ class Packed(NamedTuple):
     packed_bytes: int
 
 
-def random_packed(grid: str, bits: int, rows: int, cols: int) -> Packed:
+def random_packed(grid: str, bits: int, rows: int, cols: int, group_size: int | str = GROUP_SIZE) -> Packed:
     """A weight of random codes: how fast it multiplies does not depend on them."""
-    spec = QuantSpec.create(grid, bits, group_size=GROUP_SIZE)
+    spec = QuantSpec.create(grid, bits, group_size=group_size)
     layer = PackedLinear(cols, rows, spec=spec)
     generator = torch.Generator().manual_seed(0)
     for tensor in layer.parameters():
@@ -64,7 +71,7 @@ def random_packed(grid: str, bits: int, rows: int, cols: int) -> Packed:
     packed_bytes = sum(tensor.nbytes for tensor in layer.parameters())
     count = -(-COLD_BYTES // packed_bytes)
     words = [layer.weight.data.clone() for _ in range(count)]
-    stream_bytes = _stream(words[0], params, spec, cols).data.nbytes
+    stream_bytes = _stream(words[0], params, spec, cols).data.nbytes if group_size == GROUP_SIZE else packed_bytes
     return Packed(spec, words, params, stream_bytes, packed_bytes)
 
 
@@ -117,8 +124,17 @@ def one_token(rows: int, cols: int, rounds: int) -> list[dict[str, Any]]:
     memory = torch.ones(
         COLD_BYTES, dtype=torch.uint8
     )  # untouched zeros would all be one page, and never leave the cache
+    integers = random_packed("ternary", 2, rows, cols, "tensor")
+    for words in integers.words:
+        packed_ternary_int8_linear(inputs[torch.bfloat16], words, integers.params, integers.spec)  # makes its stream
+    others = peers(rows, cols, COLD_BYTES)
     times: dict[Any, list[float]] = defaultdict(list)
     for turn in range(rounds):
+        for name, peer in others.items():
+            times[name].append(clock(peer.calls[turn % len(peer.calls)]))
+        words = integers.words[turn % len(integers.words)]
+        given = (inputs[torch.bfloat16], words, integers.params, integers.spec)
+        times[INTEGERS].append(clock(lambda g=given: packed_ternary_int8_linear(*g)))  # type: ignore[misc]
         for dtype, weights in dense.items():
             weight = weights[turn % len(weights)]
             times[dtype].append(clock(lambda w=weight, d=dtype: F.linear(inputs[d], w)))  # type: ignore[misc]
@@ -134,11 +150,12 @@ def one_token(rows: int, cols: int, rounds: int) -> list[dict[str, Any]]:
             address = ctypes.c_void_p(memory.data_ptr() + place)
             size = made.stream_bytes // 8
             times[kind, "read"].append(clock(lambda a=address, n=size: library.bd_read(a, n, isa())))  # type: ignore[misc]
-    return _one_token_rows(rows, cols, packed, times)
+    sizes = {INTEGERS: integers.packed_bytes} | {name: peer.num_bytes for name, peer in others.items()}
+    return _one_token_rows(rows, cols, packed, times, sizes)
 
 
 def _one_token_rows(
-    rows: int, cols: int, packed: dict[Any, Packed], times: dict[Any, list[float]]
+    rows: int, cols: int, packed: dict[Any, Packed], times: dict[Any, list[float]], sizes: dict[str, int]
 ) -> list[dict[str, Any]]:
     middle = {key: statistics.median(values) for key, values in times.items()}
     lines = []
@@ -156,6 +173,9 @@ def _one_token_rows(
         ms = middle[kind, "kernel"]
         label, roof = f"{kind[0]}{kind[1]} kernel alone", ms / middle[kind, "read"]
         lines.append(_line(f"{rows}x{cols}", label, "bfloat16", made.stream_bytes / 1e6, ms, roof, middle))
+    for name, size in sizes.items():
+        dtype = "bfloat16" if name == INTEGERS else "float32"
+        lines.append(_line(f"{rows}x{cols}", name, dtype, size / 1e6, middle[name], 0.0, middle))
     return lines
 
 
@@ -205,37 +225,6 @@ def batches(rows: int, cols: int, counts: list[int], rounds: int) -> list[dict[s
     return lines
 
 
-def tokens_per_second(name: str, new_tokens: int, *, static: bool, compiled: bool) -> float:
-    """Greedy tokens per second of a saved model in bf16, the second of two runs."""
-    model = AutoModelForCausalLM.from_pretrained(name, dtype=torch.bfloat16).eval()
-    if compiled:
-        model.forward = torch.compile(model.forward)
-    prompt = torch.arange(16).reshape(1, 16)
-    options = {"cache_implementation": "static"} if static else {}
-    seconds = 0.0
-    for _ in range(2):
-        start = time.perf_counter()
-        with torch.inference_mode():
-            out = model.generate(
-                prompt, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, **options
-            )
-        seconds = time.perf_counter() - start
-    return (out.shape[1] - prompt.shape[1]) / seconds
-
-
-def whole_model(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Packed and full-precision model, with the options that the command line names."""
-    return [
-        {
-            "model": kind,
-            "cache": "static" if args.static_cache else "dynamic",
-            "compiled": "yes" if args.compile else "no",
-            "tokens/s": tokens_per_second(name, args.new_tokens, static=args.static_cache, compiled=args.compile),
-        }
-        for kind, name in (("bf16", args.base), ("packed", args.model))
-    ]
-
-
 def summarise(rows: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The figures, with what was asked."""
     figures = {}
@@ -247,15 +236,19 @@ def summarise(rows: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[
             asked = ASKED["speedup"].get(kind)  # type: ignore[attr-defined]
             figures[f"{key}_speedup"] = figure(row["x faster than bf16"], "x bf16", at_least=asked)
             figures[f"{key}_roof"] = figure(row["x streaming"], "x streaming", at_most=ASKED["roof"])  # type: ignore[arg-type]
-    sweep = [row for row in rows if not row["x streaming"] and not row["weight"].startswith("torch")]
+    kinds = {f"{grid}{bits}" for grid, bits in KINDS}
+    sweep = [row for row in rows if not row["x streaming"] and row["weight"] in kinds]
     for kind in sorted({row["weight"] for row in sweep}):
         worst = max(1 / row["x faster than bf16"] for row in sweep if row["weight"] == kind)
         figures[f"{kind}_slowest_batch"] = figure(worst, "x bf16's time", at_most=ASKED["batch"])  # type: ignore[arg-type]
-    if models:
-        figures["tokens_per_second_ratio"] = figure(
-            models[1]["tokens/s"] / models[0]["tokens/s"], "x bf16", at_least=1.5
-        )
-    return figures
+    ours = {(row["shape"], row["weight"]): row["ms"] for row in rows if row["inputs"] == "bfloat16"}
+    for row in rows:
+        peer = row["weight"]
+        if peer in PEERS:
+            ratio = ours[row["shape"], PEERS[peer]] / row["ms"]
+            name = f"{PEERS[peer]}_{row['shape']}_time_of_{peer}".replace(" ", "_")
+            figures[name] = figure(ratio, "x its time", at_most=1.0)
+    return figures | _inference_models.figures(models)
 
 
 def main() -> None:
@@ -264,14 +257,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--shapes", nargs="*", default=[f"{r}x{c}" for r, c in SHAPES], help="ROWSxCOLUMNS")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 2048])
-    parser.add_argument("--model", help="a packed model's folder, for tokens per second")
-    parser.add_argument("--base", help="the same model in full precision")
-    parser.add_argument("--new-tokens", type=int, default=64)
-    parser.add_argument("--static-cache", action="store_true")
-    parser.add_argument("--compile", action="store_true")
+    _inference_models.add_arguments(parser)
     args = parser.parse_args()
-    if (args.model is None) != (args.base is None):
-        parser.error("--model and --base go together")
     torch.set_num_threads(args.threads)
     shapes = [tuple(int(n) for n in shape.split("x")) for shape in args.shapes]
     with use_backend("cpu"), torch.inference_mode():
@@ -279,7 +266,7 @@ def main() -> None:
         rows = [row for shape in shapes for row in one_token(*shape, args.rounds)]
         rows += batches(*shapes[0], args.tokens, args.rounds) if shapes and args.tokens else []
         print(table(rows))
-        models = whole_model(args) if args.model else []
+        models = _inference_models.run(args)
         print(table(models))
     figures = summarise(rows, models)
     for name, value in figures.items():
