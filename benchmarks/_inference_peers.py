@@ -1,5 +1,6 @@
-"""Other people's products of one token with a weight in few bits: llama.cpp's and onnxruntime's, where installed.
+"""Other people's products of one token with a weight in few bits, as far as they are installed.
 
+torch's int4 operator and bitsandbytes' NF4 (on CPUs its fast kernel comes from the package `kernels`) are always there;
 pip install xllamacpp onnxruntime onnx
 """
 
@@ -43,12 +44,32 @@ def peers(rows: int, cols: int, cold_bytes: int) -> dict[str, Peer]:
         cols: inputs.
         cold_bytes: what all copies of a weight together must exceed.
     """
-    found: dict[str, Peer] = {}
+    found = {"torch int4": _torch(rows, cols, cold_bytes), "bitsandbytes nf4": _bitsandbytes(rows, cols, cold_bytes)}
     if find_spec("xllamacpp"):
         found |= {f"llama.cpp {name}": _ggml(kind, rows, cols, cold_bytes) for name, kind in GGML_TYPES.items()}
     if find_spec("onnxruntime") and find_spec("onnx"):
         found["onnxruntime int2"] = _onnxruntime(rows, cols, cold_bytes)
     return found
+
+
+def _torch(rows: int, cols: int, cold_bytes: int) -> Peer:
+    codes = torch.randint(0, 16, (rows, cols), dtype=torch.int32)
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    params = torch.rand(cols // BLOCK, rows, 2).bfloat16()
+    inputs, size = torch.randn(1, cols).bfloat16(), packed.nbytes + params.nbytes
+    multiply = torch.ops.aten._weight_int4pack_mm_for_cpu
+    copies = [packed.clone() for _ in range(-(-cold_bytes // size))]
+    return Peer(size, [lambda w=copy: multiply(inputs, w, BLOCK, params) for copy in copies], copies)  # type: ignore[misc]
+
+
+def _bitsandbytes(rows: int, cols: int, cold_bytes: int) -> Peer:
+    import bitsandbytes
+
+    packed, state = bitsandbytes.functional.quantize_4bit(torch.randn(rows, cols).bfloat16(), quant_type="nf4")
+    inputs, size = torch.randn(1, cols).bfloat16(), packed.nbytes + state.absmax.nbytes
+    copies = [packed.clone() for _ in range(-(-cold_bytes // size))]
+    calls = [lambda w=copy: bitsandbytes.matmul_4bit(inputs, w.t(), state) for copy in copies]  # type: ignore[misc]
+    return Peer(size, calls, copies)
 
 
 class Init(ctypes.Structure):

@@ -9,8 +9,8 @@ with the fastest loop at hand, from memory, in the same round.
     python -m benchmarks.inference_cpu --base FULL-PRECISION --models int2=PACKED ternary=PACKED --gguf FILE
     python -m benchmarks.inference_cpu --make-0.6b FOLDER     # also a random model of 0.6B, ternary (2 GB)
 
-Where `xllamacpp`, `onnxruntime` and `onnx` are installed, their products with 2-bit weights take turns with ours; both
-round the activations to 8-bit integers, which ours do for ternary weights only.
+Other people's products take turns with ours, those of `benchmarks._inference_peers` that are installed. llama.cpp and
+onnxruntime round the activations to 8-bit integers, which ours do for ternary weights only.
 """
 
 from __future__ import annotations
@@ -42,8 +42,12 @@ SHAPES = ((4096, 4096), (11008, 4096))
 KINDS = (("int", 2), ("int", 3), ("int", 4), ("nf", 3))
 GROUP_SIZE = 128
 INTEGERS = "ternary x int8"  # the one of ours that rounds its inputs
-PEERS = {"llama.cpp Q2_K": "int2", "llama.cpp TQ2_0": INTEGERS, "onnxruntime int2": "int2"}  # and which of ours
+PEERS = {  # and which of ours
+    "llama.cpp Q2_K": "int2", "llama.cpp TQ2_0": INTEGERS, "onnxruntime int2": "int2", "torch int4": "int4",
+    "bitsandbytes nf4": "int4",
+}  # fmt: skip
 COLD_BYTES = 160 << 20  # more than the last-level cache holds
+PEER_ROUNDS = 30  # the slowest of them takes a hundred times as long as the others
 ASKED = {"roof": 1.6, "speedup": {("int", 2): 8.0, ("int", 3): 5.0}, "batch": 1.3}
 
 
@@ -130,7 +134,7 @@ def one_token(rows: int, cols: int, rounds: int) -> list[dict[str, Any]]:
     others = peers(rows, cols, COLD_BYTES)
     times: dict[Any, list[float]] = defaultdict(list)
     for turn in range(rounds):
-        for name, peer in others.items():
+        for name, peer in others.items() if turn < PEER_ROUNDS else ():
             times[name].append(clock(peer.calls[turn % len(peer.calls)]))
         words = integers.words[turn % len(integers.words)]
         given = (inputs[torch.bfloat16], words, integers.params, integers.spec)
@@ -174,7 +178,7 @@ def _one_token_rows(
         label, roof = f"{kind[0]}{kind[1]} kernel alone", ms / middle[kind, "read"]
         lines.append(_line(f"{rows}x{cols}", label, "bfloat16", made.stream_bytes / 1e6, ms, roof, middle))
     for name, size in sizes.items():
-        dtype = "bfloat16" if name == INTEGERS else "float32"
+        dtype = "float32" if name.startswith(("llama.cpp", "onnxruntime")) else "bfloat16"
         lines.append(_line(f"{rows}x{cols}", name, dtype, size / 1e6, middle[name], 0.0, middle))
     return lines
 
@@ -244,7 +248,7 @@ def summarise(rows: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[
     ours = {(row["shape"], row["weight"]): row["ms"] for row in rows if row["inputs"] == "bfloat16"}
     for row in rows:
         peer = row["weight"]
-        if peer in PEERS:
+        if row["weight"] in PEERS:
             ratio = ours[row["shape"], PEERS[peer]] / row["ms"]
             name = f"{PEERS[peer]}_{row['shape']}_time_of_{peer}".replace(" ", "_")
             figures[name] = figure(ratio, "x its time", at_most=1.0)

@@ -11,7 +11,8 @@ import inspect
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from html import escape
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -245,6 +246,8 @@ def benchmark(result: dict[str, Any]) -> list[str]:
             f"| {name} | {_number(f['value'])} {f['unit']} | {_asked(f)} |" for name, f in result["figures"].items()
         ]
         lines.append("")
+    for chart in charts(result):
+        lines += [chart, ""]
     for keys, rows in _tables(result["rows"]):
         lines += ["| " + " | ".join(map(_cell, keys)) + " |", "|" + "---|" * len(keys)]
         lines += ["| " + " | ".join(_number(row[key]) for key in keys) + " |" for row in rows]
@@ -277,6 +280,54 @@ def _number(value: Any) -> str:
     if isinstance(value, int):
         return f"{value:,}" if abs(value) >= 10_000 else str(value)
     return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+# ---------------------------------------------------------------------------------------------------- charts
+
+WIDTH, LABEL, ROW, BAR = 720, 220, 22, 14
+
+
+def charts(result: dict[str, Any]) -> Iterator[str]:
+    """Bar charts of one results file, as SVG text: no script, no font, the page's own colours."""
+    if result["name"] == "inference_cpu":
+        yield from _inference(result["rows"])
+
+
+def _inference(rows: list[dict[str, Any]]) -> Iterator[str]:
+    alone: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if row.get("tokens") == 1:  # the first row of a name is the one that was measured cold
+            label = f"{row['weight']}, {row['inputs']}"
+            alone.setdefault(row["shape"], {}).setdefault(label, row["x faster than bf16"])
+    for shape, values in alone.items():
+        yield bars(f"One token, {shape}: times faster than torch's bf16", list(values.items()))
+    models = [row for row in rows if "tokens/s" in row]
+    if models:
+        yield bars("Greedy tokens per second", [(row["model"], row["tokens/s"]) for row in models])
+
+
+def bars(title: str, values: Sequence[tuple[str, float]]) -> str:
+    """Horizontal bars from zero, each with its number.
+
+    Args:
+        title: above them; also what a screen reader says.
+        values: labels and numbers, not negative.
+    """
+    top = max((value for _, value in values), default=0) or 1
+    height = ROW * (len(values) + 1)
+    lines = [
+        f'<svg role="img" aria-label="{escape(title)}" viewBox="0 0 {WIDTH} {height}" fill="currentColor" '
+        'style="max-width:100%" font-size="13">',
+        f'<text x="0" y="15" font-weight="bold">{escape(title)}</text>',
+    ]
+    for number, (label, value) in enumerate(values, 1):
+        y, length = ROW * number, (WIDTH - LABEL - 60) * value / top
+        lines += [
+            f'<text x="{LABEL - 8}" y="{y + 12}" text-anchor="end">{escape(label)}</text>',
+            f'<rect x="{LABEL}" y="{y}" width="{length:.1f}" height="{BAR}" opacity="0.6"/>',
+            f'<text x="{LABEL + length + 6:.1f}" y="{y + 12}">{value:.3g}</text>',
+        ]
+    return "".join([*lines, "</svg>"])
 
 
 # ---------------------------------------------------------------------------------------------------- mkdocs, files

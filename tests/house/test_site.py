@@ -220,3 +220,23 @@ def test_a_message_that_is_explained_is_one_that_is_raised(heading: str) -> None
 
 def test_the_page_explains_at_least_a_score_of_messages() -> None:
     assert len(HEADINGS) >= 20
+
+
+def test_a_chart_draws_every_number_to_scale_and_says_what_it_is() -> None:
+    from xml.etree import ElementTree
+
+    text = generator().bars("Speed <fast>", [("ours & more", 4.0), ("theirs", 1.0), ("none", 0.0)])
+    root = ElementTree.fromstring(text)
+    assert root.get("aria-label") == "Speed <fast>"
+    lengths = [float(bar.get("width")) for bar in root.iter("rect")]
+    assert lengths[0] == pytest.approx(4 * lengths[1], rel=0.01)
+    assert lengths[2] == 0
+    words = [entry.text for entry in root.iter("text")]
+    assert words == ["Speed <fast>", "ours & more", "4", "theirs", "1", "none", "0"]
+    assert lengths[0] + float(next(root.iter("rect")).get("x")) < generator().WIDTH
+
+
+def test_the_page_of_measurements_shows_charts_of_what_was_measured() -> None:
+    page = generated()["measurements.md"]
+    for name in ("4096x4096", "11008x4096"):
+        assert f'aria-label="One token, {name}' in page
