@@ -55,6 +55,9 @@ END_TO_END = {
     "seq_len": 128,
     "step_tokens": 128,
 }
+# at 3 bits levels lie half as far apart, and the rates above undo what the blocks have learned
+FINER_BLOCKS = {"learning_rate": 5e-3, "scale_learning_rate": 3e-3}
+FINER_END = {**END_TO_END, "learning_rate": 1e-4, "scale_learning_rate": 1e-4, "zero_point_learning_rate": 1e-3}
 LARGER_STEPS = {**END_TO_END, "learning_rate": 5e-4, "scale_learning_rate": 5e-4, "seq_len": 512, "step_tokens": 512}
 
 ARMS = {
@@ -81,6 +84,7 @@ ARMS = {
     "fast-half": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.125),
     "fast-weight-clip": Arm(LEARNED, blockwise=(1.0, {**SHORT, "objective": "weight"}), share=0.25),
     "fast-few-factors": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FEW_FACTORS}), share=0.25),
+    "fast-few-factors-less": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FEW_FACTORS}), share=0.1875),
     "fast-larger-steps": Arm(LEARNED, blockwise=(1.0, OURS), share=0.25),
     "balanced": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
     # parts of ours taken away
@@ -88,6 +92,7 @@ ARMS = {
     "balanced-no-clip": Arm(LEARNED, blockwise=(0.5, {**OURS, "clip_search": False}), training=END_TO_END),
     "balanced-fixed-zero-point": Arm({}, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-gentle": Arm(LEARNED, blockwise=(0.8, OURS), training=GENTLE),  # what `balanced` was before
+    "balanced-few-factors": Arm(LEARNED, blockwise=(0.5, {**OURS, "factors": FEW_FACTORS}), training=END_TO_END),
     "balanced-larger-steps": Arm(LEARNED, blockwise=(0.5, OURS), training=LARGER_STEPS),
     "balanced-hidden": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, "hidden_weight": 1.0}),
     "balanced-end-to-end-only": Arm(LEARNED, clip=True, training=END_TO_END),
@@ -114,10 +119,13 @@ ARMS = {
     "balanced-norms": Arm({**LEARNED, "train_other": "norms"}, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-embedding8": Arm({**LEARNED, "embedding_bits": 8}, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-embedding4": Arm({**LEARNED, "embedding_bits": 4}, blockwise=(0.5, OURS), training=END_TO_END),
+    "balanced-rates-of-2-bits": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
+    "balanced-awq": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training=FINER_END),
     # other people's packages, which have to be installed
     "autoround": Arm(peer="autoround"),
     "torchao-qat": Arm(peer="torchao", training={"learning_rate": 5e-5}),
 }
+OF_WIDTH = {3: {"balanced": Arm(LEARNED, blockwise=(0.5, FINER_BLOCKS), training=FINER_END)}}  # in place of those above
 NOT_BY_DEFAULT = tuple(name for name, arm in ARMS.items() if arm.peer or name.startswith(("balanced-", "fast-")))
 
 
@@ -129,11 +137,10 @@ class Bench(_arms.Bench):
         set_seed(self.options.seed)
         started, started_cpu = time.perf_counter(), time.process_time()
         model = self.load()
-        tokens, peer = 0, name != "full_precision" and ARMS[name].peer
-        if peer:
-            model, tokens = self.of_peer(model, ARMS[name])
-        elif name != "full_precision":
-            model, tokens = self.student(model, ARMS[name])
+        arm = OF_WIDTH.get(self.options.bits, {}).get(name, ARMS.get(name))
+        tokens, peer = 0, arm is not None and arm.peer
+        if arm is not None:
+            model, tokens = self.of_peer(model, arm) if arm.peer else self.student(model, arm)
         seconds, cpu_seconds = time.perf_counter() - started, time.process_time() - started_cpu
         scores = {f"ppl_{key}": self.perplexity(model, text) for key, text in self.eval_texts.items()}
         first = next(iter(self.eval_texts.values()))
