@@ -245,7 +245,8 @@ def summarise(rows: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[
     for kind in sorted({row["weight"] for row in sweep}):
         worst = max(1 / row["x faster than bf16"] for row in sweep if row["weight"] == kind)
         figures[f"{kind}_slowest_batch"] = figure(worst, "x bf16's time", at_most=ASKED["batch"])  # type: ignore[arg-type]
-    ours = {(row["shape"], row["weight"]): row["ms"] for row in rows if row["inputs"] == "bfloat16"}
+    alone = [row for row in rows if row["inputs"] == "bfloat16" and (row["x streaming"] or row["weight"] == INTEGERS)]
+    ours = {(row["shape"], row["weight"]): row["ms"] for row in alone}
     for row in rows:
         peer = row["weight"]
         if row["weight"] in PEERS:

@@ -1,7 +1,7 @@
 """Quality at equal bits and equal training tokens: ours beside the published recipes, on one model and several texts.
 
 Every row is a way from the full-precision model to a packed one. Rows that train see the same windows of the same text
-and the same number of tokens, `--tokens`; `fast` sees a quarter. A row is measured as packed, and is in the results
+and the same number of tokens, `--tokens`; `fast` sees 3/16 of them. A row is measured as packed, and is in the results
 file as soon as it ends; a row that is there already, under the same settings, is not run again.
 
     python -m benchmarks.quality --model PATH --train-text FILE [FILE ...] --eval NAME=FILE [NAME=FILE ...]
@@ -33,6 +33,7 @@ from benchmarks import _arms, _quality_peers
 from benchmarks._arms import CHUNKS, MIN_MAX, SEQ_LEN, Arm
 from benchmarks._results import figure, table
 from bitdistiller_peft import calibrate, evaluate_tasks
+from bitdistiller_peft.calibration.clip import FACTORS
 
 BLOCK_SEQ_LEN, BLOCK_BATCH = 128, 2
 KL_CHUNKS = 10
@@ -40,8 +41,9 @@ STEP_TOKENS = 1024
 
 LEARNED = {"learn_zero_point": True}
 OURS = {"learning_rate": 1.5e-2, "scale_learning_rate": 1e-2}
-SHORT = {**OURS, "seq_len": 64, "batch_size": 1}  # without an end-to-end stage, more and smaller steps are better
 FEW_FACTORS = (1.0, 0.85, 0.7, 0.55)  # 16 candidates in place of 100, which take as long as the training
+# without an end-to-end stage, more and smaller steps are better
+SHORT = {**OURS, "seq_len": 64, "batch_size": 1, "factors": FEW_FACTORS}
 STAGES = (("q_proj", "k_proj"), ("v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
 PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
 GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
@@ -57,7 +59,7 @@ END_TO_END = {
 }
 # at 3 bits levels lie half as far apart, and the rates above undo what the blocks have learned
 FINER_BLOCKS = {"learning_rate": 5e-3, "scale_learning_rate": 3e-3}
-FINER_END = {**END_TO_END, "learning_rate": 1e-4, "scale_learning_rate": 1e-4, "zero_point_learning_rate": 1e-3}
+FINER_END = {**END_TO_END, "learning_rate": 5e-5, "scale_learning_rate": 5e-5, "zero_point_learning_rate": 1e-3}
 LARGER_STEPS = {**END_TO_END, "learning_rate": 5e-4, "scale_learning_rate": 5e-4, "seq_len": 512, "step_tokens": 512}
 
 ARMS = {
@@ -80,12 +82,12 @@ ARMS = {
         blockwise=(0.75, {**PUBLISHED_BLOCK, "learning_rate": 5e-3, "scale_learning_rate": 2e-3}),
         training={"loss_type": "ce", "learning_rate": 0.0, "scale_learning_rate": 2e-5},
     ),
-    "fast": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.25),
-    "fast-half": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.125),
-    "fast-weight-clip": Arm(LEARNED, blockwise=(1.0, {**SHORT, "objective": "weight"}), share=0.25),
-    "fast-few-factors": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FEW_FACTORS}), share=0.25),
-    "fast-few-factors-less": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FEW_FACTORS}), share=0.1875),
-    "fast-larger-steps": Arm(LEARNED, blockwise=(1.0, OURS), share=0.25),
+    "fast": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.1875),
+    "fast-more": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.25),
+    "fast-all-factors": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FACTORS}), share=0.25),
+    "fast-half": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FACTORS}), share=0.125),
+    "fast-weight-clip": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FACTORS, "objective": "weight"}), share=0.25),
+    "fast-larger-steps": Arm(LEARNED, blockwise=(1.0, {**OURS, "factors": FEW_FACTORS}), share=0.25),
     "balanced": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
     # parts of ours taken away
     "balanced-mse": Arm(LEARNED, blockwise=(0.5, {**OURS, "loss": "mse"}), training=END_TO_END),
@@ -120,12 +122,15 @@ ARMS = {
     "balanced-embedding8": Arm({**LEARNED, "embedding_bits": 8}, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-embedding4": Arm({**LEARNED, "embedding_bits": 4}, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-rates-of-2-bits": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
-    "balanced-awq": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training=FINER_END),
+    "balanced-awq": Arm(LEARNED, method="awq", blockwise=(0.5, OURS), training=END_TO_END),
+    "balanced-no-awq": Arm(LEARNED, blockwise=(0.5, FINER_BLOCKS), training=FINER_END),
     # other people's packages, which have to be installed
     "autoround": Arm(peer="autoround"),
     "torchao-qat": Arm(peer="torchao", training={"learning_rate": 5e-5}),
 }
-OF_WIDTH = {3: {"balanced": Arm(LEARNED, blockwise=(0.5, FINER_BLOCKS), training=FINER_END)}}  # in place of those above
+OF_WIDTH = {  # in place of those above
+    3: {"balanced": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training=FINER_END)},
+}
 NOT_BY_DEFAULT = tuple(name for name, arm in ARMS.items() if arm.peer or name.startswith(("balanced-", "fast-")))
 
 

@@ -56,6 +56,16 @@ def test_bitdistiller_is_int2_and_at_three_bits_nf3() -> None:
     assert get_recipe("bitdistiller", bits=3, grid="int").model["grid"] == "int"
 
 
+def test_three_bits_are_trained_more_gently_than_two_and_scaled_first() -> None:
+    for recipe in (get_recipe("best-3bit"), get_recipe("best-2bit", bits=3)):
+        assert recipe.model["bits"] == 3
+        assert [call["method"] for call in recipe.calibration] == ["awq", "blockwise"]
+        two = get_recipe("best-2bit")
+        assert recipe.training["learning_rate"] < two.training["learning_rate"]
+        assert recipe.calibration[-1]["learning_rate"] < two.calibration[-1]["learning_rate"]
+        assert recipe.training.keys() == two.training.keys()
+
+
 def test_an_override_goes_where_its_name_belongs(tmp_path: Path) -> None:
     recipe = get_recipe("r2q", group_size=64, learning_rate=1e-3, loss_type="cakld")
     assert recipe.model["group_size"] == 64
