@@ -8,7 +8,7 @@ from typing import Any
 
 from bitdistiller_peft.recipes.base import Recipe, register_recipe
 
-WINDOWS = {"fast": 180, "balanced": 480, "max": 4096}
+WINDOWS = {"fast": 120, "balanced": 480, "max": 4096}
 LENGTHS = {"fast": 64, "balanced": 128, "max": 128}
 BATCHES = {"fast": 1, "balanced": 2, "max": 2}
 BLOCK_RATES = {

@@ -40,7 +40,7 @@ def test_rows_are_measured_at_equal_tokens_and_only_once(folder: Path, monkeypat
     assert list(rows) == ["full_precision", "rtn", "bitdistiller", "balanced", "fast"]
     assert rows["rtn"]["tokens"] == 0
     assert rows["bitdistiller"]["tokens"] == rows["balanced"]["tokens"] == 4096
-    assert rows["fast"]["tokens"] == 768
+    assert rows["fast"]["tokens"] == 512
     assert rows["full_precision"]["bits_per_weight"] == 16
     assert rows["rtn"]["bits_per_weight"] == rows["balanced"]["bits_per_weight"] < 16
     assert rows["full_precision"]["kl"] == 0 < rows["balanced"]["kl"]
