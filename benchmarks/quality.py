@@ -1,8 +1,8 @@
 """Quality at equal bits and equal training tokens: ours beside the published recipes, on one model and several texts.
 
 Every row is a way from the full-precision model to a packed one. Rows that train see the same windows of the same text
-and the same number of tokens, `--tokens`; `fast` sees an eighth of them. A row is measured as packed, and is in the results
-file as soon as it ends; a row that is there already, under the same settings, is not run again.
+and the same number of tokens, `--tokens`; `fast` sees an eighth of them. A row is measured as packed, and is in the
+results file as soon as it ends; a row that is there already, under the same settings, is not run again.
 
     python -m benchmarks.quality --model PATH --train-text FILE [FILE ...] --eval NAME=FILE [NAME=FILE ...]
     python -m benchmarks.quality ... --rows rtn clip balanced --bits 3 --seeds 0 1 2

@@ -5,6 +5,9 @@ r"""Distil a model on one or many devices, and pack it: the same script under ev
 
 MODEL is a Hub name or a folder, FILE a text whose paragraphs are learned on. Stopped or killed, the same command goes
 on from the newest whole checkpoint. Settings of DistillConfig follow as they are: --learning_rate 1e-4 ...
+
+Two CPU processes on one core, a model of 260,000 weights at 2 bits and groups of 4, `torchrun --nproc_per_node 2 ...
+--max_steps 40 --learning_rate 1e-3 --per_device_train_batch_size 4 --max_length 128`: half a minute, CAKLD .85 to .42.
 """
 
 from __future__ import annotations
