@@ -100,7 +100,8 @@ def calibrate_peak(sizes: Sizes, values: dict[str, Any]) -> int:
     """The clip search, and what a method holds besides.
 
     Block-wise reconstruction: an optimizer for one block. GPTQ: fp64 copies of the widest layer's Gram matrix and of
-    its inverse. AWQ: the student as it was, to put it back.
+    its inverse, and every weight as it was rounded, which the student takes over at the end. AWQ: the student as it
+    was, to put it back.
     """
     is_blockwise = values["method"] == "blockwise"
     batch = values["batch_size"] or (1 if is_blockwise else 8)
@@ -109,10 +110,15 @@ def calibrate_peak(sizes: Sizes, values: dict[str, Any]) -> int:
     active = batch * values["seq_len"] * (sizes.passing + is_blockwise * sizes.kept) * sizes.compute_bytes
     block = sizes.quantized // max(1, sizes.layers)
     training = 4 * FP32 * block if is_blockwise else 0  # gradients, two moments, and the fake-quantized weights
-    gram = GRAMS * 2 * FP32 * max(sizes.hidden, sizes.intermediate) ** 2 if values["method"] == "gptq" else 0
-    student = sizes.student_bytes * (2 if values["method"] == "awq" else 1)
     layer = LAYER_COPIES * FP32 * sizes.largest
-    return sizes.base_bytes + student + states + active + training + gram + layer
+    held = sizes.base_bytes + sizes.student_bytes + states + active + training + layer
+    match values["method"]:
+        case "gptq":
+            gram = GRAMS * 2 * FP32 * max(sizes.hidden, sizes.intermediate) ** 2
+            return held + gram + sizes.quantized * sizes.compute_bytes
+        case "awq":
+            return held + sizes.student_bytes
+    return held
 
 
 def generate_peak(sizes: Sizes, values: dict[str, Any], prompt_tokens: int = 256) -> int:
