@@ -254,6 +254,7 @@ def _compared(log: dict[str, float]) -> dict[str, Any]:
         found["left_of_full_precision"] = figure(math.exp(balanced - full), "times its perplexity")
         if "bitdistiller" in log:
             found["share_of_gap_closed"] = _closed(log["bitdistiller"], balanced, full)
+        if "bitdistiller" in log and len(originals) > 1:
             found["share_of_gap_closed_at_its_best_rate"] = _closed(min(originals), balanced, full)
     if balanced is not None and efficient:
         ratio = math.exp(balanced - min(efficient))
