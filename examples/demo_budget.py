@@ -1,6 +1,6 @@
 """How much of everything the demo does, in full or quickly, and the settings of its training.
 
-Measured on two CPU cores: full 10:46 minutes (under 15), quick 3:19 (under 4).
+Measured on two CPU cores: full 14:01 minutes beside other work, 10:46 earlier (under 15), quick 3:19 (under 4).
 """
 
 from __future__ import annotations
