@@ -4,8 +4,8 @@ Run: python examples/mixed_bits.py MODEL [--bits-per-weight B] [--text FILE] [--
 
 The budget counts everything in the file: codes, scales, zero points, norms, embeddings, head and header. Layers that
 serving engines run as one keep one width. The numbers of the defaults show the way, not how far it goes:
-SmolLM2-135M-Instruct at 4.0 bits per weight takes 20 minutes of one core (AMD EPYC, the other one at work too): 57 layers
-at 3 bits, 153 and the embeddings at 4, 67,252,960 bytes predicted and written, perplexity 28.0 to 34.0.
+SmolLM2-135M-Instruct at 4.0 bits per weight takes 20 minutes of one core (AMD EPYC, the other one at work too): 57
+layers at 3 bits, 153 and the embeddings at 4, 67,252,960 bytes predicted and written, perplexity 28.0 to 34.0.
 """
 
 from __future__ import annotations
