@@ -249,7 +249,7 @@ def summarise(rows: list[dict[str, Any]], models: list[dict[str, Any]]) -> dict[
     ours = {(row["shape"], row["weight"]): row["ms"] for row in alone}
     for row in rows:
         peer = row["weight"]
-        if row["weight"] in PEERS:
+        if peer in PEERS:
             ratio = ours[row["shape"], PEERS[peer]] / row["ms"]
             name = f"{PEERS[peer]}_{row['shape']}_time_of_{peer}".replace(" ", "_")
             figures[name] = figure(ratio, "x its time", at_most=1.0)

@@ -34,14 +34,14 @@ from benchmarks._arms import CHUNKS, MIN_MAX, SEQ_LEN, Arm
 from benchmarks._results import figure, table
 from bitdistiller_peft import calibrate, evaluate_tasks
 from bitdistiller_peft.calibration.clip import FACTORS
+from bitdistiller_peft.recipes.best import BLOCK_RATES, END_RATES, FEW_FACTORS
 
 BLOCK_SEQ_LEN, BLOCK_BATCH = 128, 2
 KL_CHUNKS = 10
 STEP_TOKENS = 1024
 
 LEARNED = {"learn_zero_point": True}
-OURS = {"learning_rate": 1.5e-2, "scale_learning_rate": 1e-2}
-FEW_FACTORS = (1.0, 0.85, 0.7, 0.55)  # 16 candidates in place of 100, which take as long as the training
+OURS, FINER_BLOCKS = BLOCK_RATES[2], BLOCK_RATES[3]
 # without an end-to-end stage, more and smaller steps are better
 SHORT = {**OURS, "seq_len": 64, "batch_size": 1, "factors": FEW_FACTORS}
 STAGES = (("q_proj", "k_proj"), ("v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
@@ -50,16 +50,12 @@ GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
 # half of the tokens end to end, in many small steps, with rates that move codes
 END_TO_END = {
     "loss_type": "cakld",
-    "learning_rate": 3e-4,
-    "scale_learning_rate": 3e-4,
-    "zero_point_learning_rate": 5e-3,
+    **END_RATES[2],
     "warmup_ratio": 0.2,
     "seq_len": 128,
     "step_tokens": 128,
 }
-# at 3 bits levels lie half as far apart, and the rates above undo what the blocks have learned
-FINER_BLOCKS = {"learning_rate": 5e-3, "scale_learning_rate": 3e-3}
-FINER_END = {**END_TO_END, "learning_rate": 5e-5, "scale_learning_rate": 5e-5, "zero_point_learning_rate": 1e-3}
+FINER_END = {**END_TO_END, **END_RATES[3]}
 LARGER_STEPS = {**END_TO_END, "learning_rate": 5e-4, "scale_learning_rate": 5e-4, "seq_len": 512, "step_tokens": 512}
 
 ARMS = {

@@ -80,6 +80,11 @@ class Backend(ABC):
         return None
 
 
+def needs_gradient(inputs: Tensor, bias: Tensor | None) -> bool:
+    """Whether autograd will ask for what a product with a packed weight depends on."""
+    return torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))
+
+
 def dequantize_stack(
     backend: Backend, words: Tensor, params: QuantParams, spec: QuantSpec, in_features: int, dtype: torch.dtype
 ) -> Tensor:

@@ -68,19 +68,24 @@ def ternary_int8_reference(codes: Tensor, step: Tensor, signs: Tensor, scale: Te
     return total.float() * scale.float().T * step
 
 
-def exact_sums(codes: Tensor, signs: Tensor) -> Tensor:
+def exact_sums(codes: Tensor, signs: Tensor, narrow: Tensor | None = None) -> Tensor:
     """Multiply integers by signs, in int8 where that is faster.
 
     Args:
         codes: fp32 ``[..., in]``, integers from -127 to 127.
         signs: ``[out, in]``, -1, 0 or 1, any floating dtype.
+        narrow: the codes in int8, where the caller has them.
 
     Returns:
         fp32 ``[..., out]``.
     """
     if codes.shape[-1] > 1 and _has_integer_product(codes.device):  # torch 2.13 gets a width of 1 wrong
-        narrow = codes.reshape(-1, codes.shape[-1]).to(torch.int8)
-        return torch._int_mm(narrow, signs.to(torch.int8).T).float().view(*codes.shape[:-1], len(signs))
+        narrow = codes.to(torch.int8) if narrow is None else narrow
+        return (
+            torch._int_mm(narrow.reshape(-1, codes.shape[-1]), signs.to(torch.int8).T)
+            .float()
+            .view(*codes.shape[:-1], len(signs))
+        )
     return F.linear(codes, signs.float())
 
 
@@ -112,7 +117,7 @@ class _TernaryInt8(torch.autograd.Function):
         narrow, scale = codes.to(torch.int8), weight.abs().amax(-1)
         ctx.save_for_backward(narrow, step, weight)
         ctx.dtypes = (inputs.dtype, dtype)
-        return exact_sums(codes, weight.sign()).mul_(scale).mul_(step)
+        return exact_sums(codes, weight.sign(), narrow).mul_(scale).mul_(step)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from bitdistiller_peft.errors import WeightError
-from bitdistiller_peft.kernels.backend import Backend, dequantize_stack
+from bitdistiller_peft.kernels.backend import Backend, dequantize_stack, needs_gradient
 from bitdistiller_peft.kernels.int8 import exact_sums, finish_sums
 from bitdistiller_peft.kernels.layout import PER_MATRIX, Weight, operator_weight
 from bitdistiller_peft.kernels.reference import compute_dtype
@@ -96,7 +96,7 @@ class OperatorBackend(Backend):
             return False
         if not inputs.device.type == words.device.type == self.device_type:
             return False
-        if torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad)):
+        if needs_gradient(inputs, bias):
             return False
         is_watched = torch._C._len_torch_dispatch_stack() or torch._C._is_tracing()
         return not is_watched and torch._C._functorch.peek_interpreter_stack() is None

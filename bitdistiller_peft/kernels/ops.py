@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.kernels.backend import get_backend, select_backend
+from bitdistiller_peft.kernels.backend import get_backend, needs_gradient, select_backend
 from bitdistiller_peft.kernels.int8 import ternary_int8_linear
 from bitdistiller_peft.kernels.reference import compute_dtype
 from bitdistiller_peft.quantizers import REFERENCE_SWEEPS, QuantParams, QuantSpec, quantize
@@ -116,7 +116,7 @@ def packed_ternary_int8_linear(
     Returns:
         ``[..., out]`` in the dtype of the inputs (or autocast's), differentiable as `ternary_int8_linear` is.
     """
-    if not (torch.is_grad_enabled() and (inputs.requires_grad or (bias is not None and bias.requires_grad))):
+    if not needs_gradient(inputs, bias):
         backend = select_backend(words.device, spec, torch.float32)
         out = backend.ternary_int8_linear(inputs, words, params, spec, bias)
         if out is not None:

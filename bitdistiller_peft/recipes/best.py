@@ -39,7 +39,7 @@ END_TO_END: dict[str, dict[str, Any]] = {
 TRAINING = {"loss_type": "cakld", "lr_scheduler_type": "cosine", "packing": True}
 
 
-def best(preset: str, given: Mapping[str, Any], *, name: str, bits: int) -> Recipe:
+def best(preset: str, given: Mapping[str, Any], *, bits: int) -> Recipe:
     """Spend tokens block by block, on many short windows; then as many end to end.
 
     `fast` has no end-to-end stage, and takes more and smaller steps. Short windows: a decoder leans on the first token
@@ -59,7 +59,7 @@ def best(preset: str, given: Mapping[str, Any], *, name: str, bits: int) -> Reci
     }
     is_scaled = width > 2 and preset != "fast"
     return Recipe(
-        name,
+        f"best-{bits}bit",
         stages=("generate", "calibrate", "distill") if END_TO_END[preset] else ("calibrate",),
         model={"bits": bits, "grid": "int", "group_size": 64, "learn_zero_point": True},
         calibration=(SCALING, blockwise) if is_scaled else (blockwise,),
@@ -69,4 +69,4 @@ def best(preset: str, given: Mapping[str, Any], *, name: str, bits: int) -> Reci
 
 
 for _bits in (2, 3):
-    register_recipe(f"best-{_bits}bit", partial(best, name=f"best-{_bits}bit", bits=_bits))
+    register_recipe(f"best-{_bits}bit", partial(best, bits=_bits))

@@ -31,7 +31,6 @@ def packed_linear(inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Ten
     in_features, out_features = inputs.shape[-1], words.shape[0]
     flat = inputs.detach().reshape(-1, in_features) if inputs.ndim != 2 or inputs.requires_grad else inputs
     if flat.dtype == torch.float16:  # fp16 products are slow on CPUs; in fp32 the sums are better, too
-        bias = None if bias is None else bias.float()
         out = _multiply(flat.float().contiguous(), bias, words, scale, second, layout).half()
     else:
         out = _multiply(flat.contiguous(), bias, words, scale, second, layout)
