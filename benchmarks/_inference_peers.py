@@ -19,7 +19,8 @@ from benchmarks._llama_cpp import open_library
 GGML_TYPES = {"Q2_K": 10, "TQ2_0": 35}
 GGML_F32 = 0
 BLOCK = 128  # of onnxruntime's weights
-QUANTIZED_INPUTS = 4  # onnxruntime's `accuracy_level` for int8 products, its fastest
+# onnxruntime's `accuracy_level`: products of 8-bit integers, its fastest, and of floats, as ours are
+ACCURACY_LEVELS = {"onnxruntime int2": 4, "onnxruntime int2, float inputs": 1}
 
 
 class Peer(NamedTuple):
@@ -48,7 +49,7 @@ def peers(rows: int, cols: int, cold_bytes: int) -> dict[str, Peer]:
     if find_spec("xllamacpp"):
         found |= {f"llama.cpp {name}": _ggml(kind, rows, cols, cold_bytes) for name, kind in GGML_TYPES.items()}
     if find_spec("onnxruntime") and find_spec("onnx"):
-        found["onnxruntime int2"] = _onnxruntime(rows, cols, cold_bytes)
+        found |= {name: _onnxruntime(level, rows, cols, cold_bytes) for name, level in ACCURACY_LEVELS.items()}
     return found
 
 
@@ -134,7 +135,7 @@ def _ggml_product(library: Any, context: int, weight: int, inputs: int) -> tuple
     return lambda: library.ggml_graph_compute(graph, ctypes.byref(plan)), (plan, work)
 
 
-def _onnxruntime(rows: int, cols: int, cold_bytes: int) -> Peer:
+def _onnxruntime(level: int, rows: int, cols: int, cold_bytes: int) -> Peer:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -143,13 +144,13 @@ def _onnxruntime(rows: int, cols: int, cold_bytes: int) -> Peer:
     generator = np.random.default_rng(0)
     feed = {"inputs": generator.standard_normal((1, cols), np.float32)}
     sessions = [
-        onnxruntime.InferenceSession(_matmul(rows, cols, generator), options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(_matmul(level, rows, cols, generator), options, providers=["CPUExecutionProvider"])
         for _ in range(-(-cold_bytes // size))
     ]
     return Peer(size, [lambda s=session: s.run(None, feed) for session in sessions], sessions)  # type: ignore[misc]
 
 
-def _matmul(rows: int, cols: int, generator: np.random.Generator) -> bytes:
+def _matmul(level: int, rows: int, cols: int, generator: np.random.Generator) -> bytes:
     from onnx import TensorProto, helper, numpy_helper
 
     blocks = cols // BLOCK
@@ -157,7 +158,7 @@ def _matmul(rows: int, cols: int, generator: np.random.Generator) -> bytes:
     scales = generator.uniform(0.01, 0.02, rows * blocks).astype(np.float32)
     node = helper.make_node(
         "MatMulNBits", ["inputs", "codes", "scales"], ["outputs"], domain="com.microsoft", K=cols, N=rows, bits=2,
-        block_size=BLOCK, accuracy_level=QUANTIZED_INPUTS,
+        block_size=BLOCK, accuracy_level=level,
     )  # fmt: skip
     graph = helper.make_graph(
         [node],

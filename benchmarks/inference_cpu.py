@@ -43,7 +43,8 @@ KINDS = (("int", 2), ("int", 3), ("int", 4), ("nf", 3))
 GROUP_SIZE = 128
 INTEGERS = "ternary x int8"  # the one of ours that rounds its inputs
 PEERS = {  # and which of ours
-    "llama.cpp Q2_K": "int2", "llama.cpp TQ2_0": INTEGERS, "onnxruntime int2": "int2", "torch int4": "int4",
+    "llama.cpp Q2_K": "int2", "llama.cpp TQ2_0": INTEGERS, "onnxruntime int2": "int2",
+    "onnxruntime int2, float inputs": "int2", "torch int4": "int4",
     "bitsandbytes nf4": "int4",
 }  # fmt: skip
 COLD_BYTES = 160 << 20  # more than the last-level cache holds

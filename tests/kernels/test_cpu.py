@@ -159,6 +159,19 @@ def test_ternary_times_int8_of_strange_inputs(isa: str, dtype: torch.dtype) -> N
 
 
 @with_isa
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_sums_of_ternary_times_int8(isa: str, sign: float) -> None:
+    """Every product as large as can be: partial sums of few bits would overflow."""
+    width = 20 * 256 + 32
+    spec = QuantSpec.create("ternary", 2, group_size="tensor")
+    params = QuantParams(torch.ones(1, 1, dtype=torch.float16))
+    words = packed_tensors(torch.full((5, width), 2), params, spec)[""]
+    for tokens in (1, 4):
+        got = packed_ternary_int8_linear(torch.full((tokens, width), 127.0 * sign), words, params, spec)
+        assert torch.equal(got, torch.full((tokens, 5), 127.0 * sign * width))
+
+
+@with_isa
 def test_a_value_of_each_code_in_each_place(isa: str) -> None:
     """One input at a time, so that a code in the wrong lane, unit or row shows."""
     for bits in (2, 3, 4):

@@ -14,7 +14,7 @@ from bitdistiller_peft.kernels.cpu.build import BuildError, library_path
 
 logger = logging.getLogger(__name__)
 
-VERSION = 2
+VERSION = 3
 ISA_VARIABLE = "BITDISTILLER_CPU_ISA"
 ISAS = ("portable", "avx2", "avx512", "avx512_bf16")
 

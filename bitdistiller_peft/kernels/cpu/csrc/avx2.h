@@ -215,7 +215,7 @@ BD_256 void strips(const Linear& call, int64_t first, int64_t last) {
         return;
     }
     for (int64_t i = first; i < last; ++i) {
-        write_tables<B>(s, call.data + i * s.strip_bytes, call.round_tables, tables.get());
+        write_tables<B>(s, call.data + i * s.strip_bytes, call.bfloat, tables.get());
         int64_t token = 0;
         for (; token + 4 <= call.tokens; token += 4) strip<B, 1, 4>(call, i, token, tables.get());
         for (; token + 2 <= call.tokens; token += 2) strip<B, 1, 2>(call, i, token, tables.get());
@@ -269,6 +269,21 @@ inline void dequantize(const BdWeight& w, const uint32_t* words, Pair pair, int6
     if (w.bits == 3) return dequantize_run<3>(w, words, pair, begin, end, out, type);
     if (w.bits == 4) return dequantize_run<4>(w, words, pair, begin, end, out, type);
     return dequantize_run<8>(w, words, pair, begin, end, out, type);
+}
+
+inline BD_256 uint64_t read(const uint64_t* data, int64_t size) {
+    __m256i sums[4] = {};
+    for (int64_t i = 0; i + 16 <= size; i += 16) {
+        _mm_prefetch(reinterpret_cast<const char*>(data + i) + kPrefetch, _MM_HINT_T0);
+        _mm_prefetch(reinterpret_cast<const char*>(data + i + 8) + kPrefetch, _MM_HINT_T0);
+        for (int j = 0; j < 4; ++j) {
+            sums[j] = _mm256_xor_si256(sums[j], load(reinterpret_cast<const uint8_t*>(data + i + 4 * j)));
+        }
+    }
+    uint64_t parts[4];
+    const __m256i all = _mm256_xor_si256(_mm256_xor_si256(sums[0], sums[1]), _mm256_xor_si256(sums[2], sums[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(parts), all);
+    return parts[0] ^ parts[1] ^ parts[2] ^ parts[3];
 }
 
 inline void linear(const Linear& call, int64_t first, int64_t last) {

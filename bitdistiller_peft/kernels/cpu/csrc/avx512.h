@@ -304,7 +304,7 @@ struct Float {
     template <int B, int GU>                                                                                          \
     TARGET void KIND##_strips(const Linear& call, int64_t first, int64_t last) {                                      \
         const BdStream& s = *call.stream;                                                                             \
-        const Constants k = constants_of<B>(s, call.round_tables);                                                    \
+        const Constants k = constants_of<B>(s, call.bfloat);                                                          \
         std::unique_ptr<KIND::Input[]> tables(new (std::nothrow) KIND::Input[s.groups * (kRows << B) + 16]);          \
         if (!tables) {                                                                                                \
             *call.failed = true;                                                                                      \

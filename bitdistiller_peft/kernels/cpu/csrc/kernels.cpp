@@ -12,6 +12,7 @@
 #include "avx2.h"
 #include "avx512.h"
 #include "fake.h"
+#include "integers.h"
 #include "layout.h"
 #include "parallel.h"
 #include "portable.h"
@@ -22,7 +23,6 @@ using namespace bd;
 namespace {
 
 enum Isa : int32_t { kPortable = 0, kAvx2 = 1, kAvx512 = 2, kAvx512Bf16 = 3 };
-enum Types : int32_t { kFloats = 0, kBfloats = 1, kBfloatToFloat = 2 };  // of inputs, bias and outputs
 
 // One row of the stream: codes of every unit, into the strip.
 void write_row(const BdWeight& w, const BdStream& s, int64_t row, uint8_t* strip) {
@@ -104,6 +104,17 @@ LinearKernel linear_kernel(bool bfloat, int isa) {
     return portable::linear;
 }
 
+using IntegerKernel = void (*)(const integers::Products&, int64_t, int64_t);
+
+IntegerKernel integer_sums(int isa) {
+#ifdef BD_X86
+    if (isa >= kAvx512Bf16) return integers::sums_of_512;
+    if (isa >= kAvx2) return integers::sums_of_256;
+#endif
+    (void)isa;
+    return integers::portable_sums;
+}
+
 void dequantize_row(const BdWeight& w, int64_t row, void* out, int type, int isa) {
     const uint32_t* words = w.words + row * w.words_per_row;
     const int64_t width = w.groups == 1 ? w.cols : w.group_size;
@@ -162,7 +173,7 @@ BD_EACH_ISA(ternary, outputs, (const ternary::Finish& call, int64_t first, int64
 extern "C" {
 
 // Changes when a structure or a signature does.
-int32_t bd_version() { return 2; }
+int32_t bd_version() { return 3; }
 
 int32_t bd_best_isa() {
 #ifdef BD_X86
@@ -174,7 +185,8 @@ int32_t bd_best_isa() {
         !__builtin_cpu_supports("avx512dq") || !__builtin_cpu_supports("avx512vl")) {
         return kAvx2;
     }
-    return __builtin_cpu_supports("avx512bf16") ? kAvx512Bf16 : kAvx512;
+    // no processor has the one without the other, but a virtual one might
+    return __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni") ? kAvx512Bf16 : kAvx512;
 #else
     return kPortable;
 #endif
@@ -186,6 +198,7 @@ int32_t bd_uses_openmp() { return kUsesOpenMp; }
 uint64_t bd_read(const uint64_t* data, int64_t size, int32_t isa) {
 #ifdef BD_X86
     if (isa >= kAvx512) return avx512::read(data, size);
+    if (isa >= kAvx2) return avx2::read(data, size);
 #else
     (void)isa;
 #endif
@@ -223,33 +236,38 @@ void bd_write_stream(const BdWeight* w, const BdStream* s, uint8_t* out, int32_t
 
 // out[tokens, rows] = x[tokens, cols] * weight' + bias, all of one dtype, contiguous. Returns 0, or 1 without memory.
 int32_t bd_linear(const BdStream* s, const uint8_t* data, const void* x, int64_t tokens, const void* bias, void* out,
-                  int32_t types, int32_t isa, int32_t threads) {
-    const bool takes_bfloat = types != kFloats, gives_bfloat = types == kBfloats;
+                  int32_t bfloat, int32_t isa, int32_t threads) {
     Inputs inputs;
-    if (!prepare_inputs(inputs, x, tokens, s->cols, takes_bfloat, isa)) return 1;
+    if (!prepare_inputs(inputs, x, tokens, s->cols, bfloat != 0, isa)) return 1;
     std::atomic<bool> failed{false};
-    const Linear call{s, data, inputs.data, inputs.stride, tokens, bias, out, gives_bfloat, takes_bfloat, &failed};
-    const LinearKernel kernel = linear_kernel(takes_bfloat, isa);
+    const Linear call{s, data, inputs.data, inputs.stride, tokens, bias, out, bfloat != 0, &failed};
+    const LinearKernel kernel = linear_kernel(bfloat != 0, isa);
     parallel((s->rows + kRows - 1) / kRows, threads, [&](int64_t first, int64_t last) { kernel(call, first, last); });
     return failed ? 1 : 0;
 }
 
-// out = (codes of x) * (signs of the weight)' * scale * step + bias, exactly; see ternary.h. The stream has a scale of one;
-// out has the dtype of x. Returns 0, or 1 without memory.
+// out = (codes of x) * (signs of the weight)' * scale * step + bias, exactly; see ternary.h. The stream has 2 bits; out has
+// the dtype of x. Returns 0, or 1 without memory.
 int32_t bd_ternary_int8(const BdStream* s, const uint8_t* data, const void* x, int64_t tokens, const void* scale,
                         int32_t scale_type, int32_t per_matrix, const float* bias, void* out, int32_t bfloat,
                         int32_t isa, int32_t threads) {
-    const size_t codes = static_cast<size_t>(tokens * s->cols), sums = static_cast<size_t>(tokens * s->rows);
-    const std::unique_ptr<uint16_t[]> codes_room(new (std::nothrow) uint16_t[codes]);
-    const size_t floats = sums + static_cast<size_t>(tokens) + static_cast<size_t>(s->cols);
-    const std::unique_ptr<float[]> room(new (std::nothrow) float[floats]);
-    if (!codes_room || !room) return 1;
-    float *steps = room.get() + sums, *row = steps + tokens;
-    const ternary::Activations given{x, bfloat != 0, s->cols, row, codes_room.get(), steps};
-    activations_for(isa)(given, 0, tokens);
-    if (bd_linear(s, data, codes_room.get(), tokens, nullptr, room.get(), kBfloatToFloat, isa, threads)) return 1;
-    const ternary::Finish call{room.get(), scale, scale_type, per_matrix, steps, bias, out, bfloat != 0, s->rows};
-    outputs_for(isa)(call, 0, tokens);
+    const int64_t width = s->units * kUnit;
+    const std::unique_ptr<int8_t[]> codes(new (std::nothrow) int8_t[static_cast<size_t>(tokens * width)]());
+    const std::unique_ptr<int32_t[]> integers_room(new (std::nothrow) int32_t[static_cast<size_t>(tokens * (s->rows + 1))]);
+    const std::unique_ptr<float[]> floats(new (std::nothrow) float[static_cast<size_t>(tokens + s->rows)]);
+    if (!codes || !integers_room || !floats) return 1;
+    int32_t *totals = integers_room.get(), *sums = totals + tokens;
+    float *steps = floats.get(), *scales = steps + tokens;
+    for (int64_t row = 0; row < s->rows; ++row) scales[row] = load_scale(scale, per_matrix ? 0 : row, scale_type);
+    const ternary::Activations given{x, bfloat != 0, s->cols, s->units, codes.get(), totals, steps};
+    const integers::Products products{s, data, codes.get(), totals, width, tokens, sums};
+    const ternary::Finish call{sums, scales, steps, bias, out, bfloat != 0, s->rows};
+    const auto quantize = activations_for(isa);
+    const auto multiply = integer_sums(isa);
+    const auto finish = outputs_for(isa);
+    parallel(tokens, threads, [&](int64_t first, int64_t last) { quantize(given, first, last); });
+    parallel((s->rows + kRows - 1) / kRows, threads, [&](int64_t first, int64_t last) { multiply(products, first, last); });
+    parallel(tokens, threads, [&](int64_t first, int64_t last) { finish(call, first, last); });
     return 0;
 }
 

@@ -133,8 +133,7 @@ struct Linear {
     int64_t ldx, tokens;
     const void* bias;
     void* out;
-    bool bfloat;        // dtype of bias and out
-    bool round_tables;  // tables hold bf16 values in fp32
+    bool bfloat;  // dtype of inputs, bias and out; tables then hold bf16 values
     std::atomic<bool>* failed;  // set where memory runs out
 };
 

@@ -69,7 +69,7 @@ inline void linear(const Linear& call, int64_t first, int64_t last) {
                         const Pair pair = stream_pair(s, data, unit / s.units_per_group, row);
                         for (int code = 0; code < num_codes; ++code) {
                             const float value = table_value(s.a, s.b, s.c, pair, code);
-                            table[code] = call.round_tables ? from_bfloat(to_bfloat(value)) : value;
+                            table[code] = call.bfloat ? from_bfloat(to_bfloat(value)) : value;
                         }
                     }
                     const Place place = place_of(s.units, s.bits, row, unit);

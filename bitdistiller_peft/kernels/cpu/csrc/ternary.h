@@ -4,11 +4,12 @@
 //     out = sum * scale * step + bias
 //
 // in fp32, operation for operation as bitdistiller_peft/quantizers/activation.py and kernels/ops.py have it, so that
-// results equal theirs bit for bit. Codes are written as bf16, which holds them.
+// results equal theirs bit for bit. The sums between are those of integers.h.
 
 #pragma once
 
 #include "fake.h"
+#include "integers.h"
 #include "layout.h"
 
 namespace bd {
@@ -19,18 +20,26 @@ constexpr float kMaxCode = 127.0f, kSmallestRange = 1e-5f;
 struct Activations {
     const void* x;  // [tokens, cols]
     bool bfloat;
-    int64_t cols;
-    float* row;       // room for one row
-    uint16_t* codes;  // [tokens, cols]
+    int64_t cols, units;
+    int8_t* codes;    // [tokens, units * 32], zeroed, as integers.h wants them
+    int32_t* totals;  // [tokens], sums of codes
     float* steps;     // [tokens]
 };
 
-// The largest magnitude. NaN is passed over: its code is NaN, and with it every sum.
-BD_SWEEP float largest_of(const float* x, int64_t cols) {
+BD_SWEEP fake::Floats load_eight(const Activations& call, int64_t token, int64_t at) {
+    const int64_t from = token * call.cols + at, count = call.cols - at < fake::kLanes ? call.cols - at : fake::kLanes;
+    if (!call.bfloat) return fake::load_some(static_cast<const float*>(call.x) + from, count, 0.0f);
+    fake::Floats value = {};
+    const uint16_t* brains = static_cast<const uint16_t*>(call.x) + from;
+    for (int j = 0; j < count; ++j) value[j] = from_bfloat(brains[j]);
+    return value;
+}
+
+// The largest magnitude. NaN is passed over: its code is NaN, and is seen there.
+BD_SWEEP float largest_of(const Activations& call, int64_t token) {
     fake::Floats top = fake::all(kSmallestRange);
-    for (int64_t at = 0; at < cols; at += fake::kLanes) {
-        const int64_t rest = cols - at;
-        const fake::Floats v = rest < fake::kLanes ? fake::load_some(x + at, rest, 0.0f) : fake::load(x + at);
+    for (int64_t at = 0; at < call.cols; at += fake::kLanes) {
+        const fake::Floats v = load_eight(call, token, at);
         const fake::Floats magnitude = v < 0.0f ? -v : v;
         top = magnitude > top ? magnitude : top;
     }
@@ -41,29 +50,28 @@ BD_SWEEP float largest_of(const float* x, int64_t cols) {
     return largest;
 }
 
+// A token with a code that is no number has a step that is none, hence only such outputs.
 BD_SWEEP void quantize(const Activations& call, int64_t token) {
-    const float* x = static_cast<const float*>(call.x) + token * call.cols;
-    if (call.bfloat) {
-        const uint16_t* brains = static_cast<const uint16_t*>(call.x) + token * call.cols;
-        for (int64_t col = 0; col < call.cols; ++col) call.row[col] = from_bfloat(brains[col]);
-        x = call.row;
-    }
-    const float largest = largest_of(x, call.cols);
+    const float largest = largest_of(call, token);
     const fake::Floats factor = fake::all(1.0f / largest * kMaxCode);  // torch divides a number by a tensor so
-    uint16_t* codes = call.codes + token * call.cols;
+    int8_t* codes = call.codes + token * call.units * kUnit;
+    fake::Floats sums = {};
     for (int64_t at = 0; at < call.cols; at += fake::kLanes) {
-        const int64_t rest = call.cols - at, count = rest < fake::kLanes ? rest : fake::kLanes;
-        const fake::Floats v = rest < fake::kLanes ? fake::load_some(x + at, rest, 0.0f) : fake::load(x + at);
-        const fake::Floats code = fake::rounded(v * factor);
-        for (int j = 0; j < count; ++j) codes[at + j] = static_cast<uint16_t>(float_to_bits(code[j]) >> 16);
+        const fake::Floats code = fake::rounded(load_eight(call, token, at) * factor);
+        sums += code;
+        const fake::Floats number = code == code ? code : fake::all(0.0f);
+        const int64_t place = integers::place_of(at, call.units), stride = integers::step_of(at, call.units);
+        for (int j = 0; j < fake::kLanes; ++j) codes[place + j * stride] = static_cast<int8_t>(number[j]);
     }
-    call.steps[token] = largest / kMaxCode;
+    const float total = fake::sum_of(sums);
+    const bool is_number = total == total;
+    call.totals[token] = is_number ? static_cast<int32_t>(total) : 0;
+    call.steps[token] = is_number ? largest / kMaxCode : total;
 }
 
 struct Finish {
-    const float* sums;  // [tokens, rows]
-    const void* scale;  // [rows], or one
-    int32_t scale_type, per_matrix;
+    const int32_t* sums;  // [tokens, rows]
+    const float* scales;  // [rows]
     const float* steps;
     const float* bias;  // or null
     void* out;
@@ -72,9 +80,9 @@ struct Finish {
 };
 
 BD_SWEEP void finish(const Finish& call, int64_t token) {
+    const int32_t* sums = call.sums + token * call.rows;
     for (int64_t row = 0; row < call.rows; ++row) {
-        const float scale = load_scale(call.scale, call.per_matrix ? 0 : row, call.scale_type);
-        float value = call.sums[token * call.rows + row] * scale * call.steps[token];
+        float value = static_cast<float>(sums[row]) * call.scales[row] * call.steps[token];
         if (call.bias) value += call.bias[row];
         if (call.bfloat) static_cast<uint16_t*>(call.out)[token * call.rows + row] = to_bfloat(value);
         else static_cast<float*>(call.out)[token * call.rows + row] = value;
