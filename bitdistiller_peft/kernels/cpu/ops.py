@@ -28,26 +28,26 @@ FEW_TOKENS = {True: 128, False: 64}
 def packed_linear(inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Tensor, *rest: Any) -> Tensor:
     """Multiply ``[..., in]`` (fp32, bf16 or fp16) by a packed ``[out, in]`` weight."""
     second, layout = rest[0], Layout(*rest[1:])
-    in_features, out_features = inputs.shape[-1], words.shape[0]
-    flat = inputs.detach().reshape(-1, in_features) if inputs.ndim != 2 or inputs.requires_grad else inputs
-    if flat.dtype == torch.float16:  # fp16 products are slow on CPUs; in fp32 the sums are better, too
-        out = _multiply(flat.float().contiguous(), bias, words, scale, second, layout).half()
-    else:
-        out = _multiply(flat.contiguous(), bias, words, scale, second, layout)
-    return out.view(*inputs.shape[:-1], out_features)
+    given = inputs.detach() if inputs.requires_grad else inputs
+    if given.dtype == torch.float16:  # fp16 products are slow on CPUs; in fp32 the sums are better, too
+        return _multiply(given.float().contiguous(), bias, words, scale, second, layout).half()
+    return _multiply(given.contiguous(), bias, words, scale, second, layout)
 
 
 def _multiply(
     inputs: Tensor, bias: Tensor | None, words: Tensor, scale: Tensor, second: Tensor | None, layout: Layout
 ) -> Tensor:
-    tokens, in_features = inputs.shape
-    out = inputs.new_empty(tokens, words.shape[0])
+    *shape, in_features = inputs.shape
+    out_features = words.shape[0]
+    out = inputs.new_empty((*shape, out_features))  # inputs keep their shape: a view takes as long as a small product
     if out.numel() == 0:
         return out
+    tokens = out.numel() // out_features
     if bias is not None:
         bias = bias.detach().to(inputs.dtype).contiguous()
-    if tokens > few_tokens(inputs.dtype) or not units_per_group(layout, in_features) or words.shape[0] == 0:
-        return _multiply_panels(inputs, bias, words, scale, second, layout)
+    if tokens > few_tokens(inputs.dtype) or not units_per_group(layout, in_features):
+        flat = inputs.reshape(tokens, in_features)
+        return _multiply_panels(flat, bias, words, scale, second, layout).view(out.shape)
     stream = STREAMS.get(words, scale, second, layout, in_features)
     failed = _kernels().bd_linear(
         stream.pointer,
