@@ -213,7 +213,7 @@ def measure(
     for setting in wanted:
         if any(all(row.get(key) == value for key, value in setting.items()) for row in rows):
             continue
-        rows.append({**setting, **run(setting)})
+        rows.append({**setting, **run(setting), "machine": _results.machine(device)})
         _results.write_results(name, rows, figures(rows), device=device)
         print(_results.table([shown(rows[-1])]), flush=True)
     print(f"results: {path.name}")

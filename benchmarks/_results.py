@@ -44,7 +44,7 @@ def write_results(
         "command": command(),
         "commit": commit(),
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
-        "device": _device(device),
+        "device": machine(device),
         "versions": {"python": platform.python_version(), **_versions()},
         "rows": list(rows),
         "figures": dict(figures),
@@ -109,7 +109,8 @@ def commit() -> str:
     return head + ("+" if is_dirty else "")
 
 
-def _device(device: str) -> str:
+def machine(device: str) -> str:
+    """Describe where this runs: `device` is `"cpu"` or `"cuda"`."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     model = platform.processor() or platform.machine()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks._arms import read_texts
 from benchmarks._results import figure
 from bitdistiller_peft import BitDistillerConfig, get_bitdistiller_model
 from bitdistiller_peft.training import DistillConfig, DistillTrainer, cache_teacher
@@ -20,6 +21,7 @@ LENGTH, ROWS = 128, 2
 GAMMA = 0.375
 # of the student's gradient, at 3 and 4 bits: what a few kept tokens cost in an earlier measurement on this model
 ASKED = {"hidden": {2: 0.01, 3: 0.01, 4: 0.01}, "top 64": {3: 0.30, 4: 0.12}, "top 256": {3: 0.22, 4: 0.067}}
+PASSAGE = "a passage"
 TEXT = (
     "The lighthouse had stood on the cliff for two hundred years, and in all that time its lamp had gone out "
     "only once. Nobody in the village could say why. Some blamed the wind, which comes up the channel in "
@@ -53,35 +55,52 @@ def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     return float((off / sum(float(grad.square().sum()) for grad in wanted.values())) ** 0.5)
 
 
-def run(folder: Path, rows_before: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
-    """Gradients under every cache, at 2 to 4 bits, and under bitsandbytes' teachers at 4."""
+def texts_of(named: Sequence[str]) -> dict[str, str]:
+    """The passage above, and of each `NAME=FILE` enough for the rows: documents from the first one on."""
+    found = {PASSAGE: TEXT}
+    for item in named:
+        name, _, path = item.partition("=")
+        found[name] = "\n\n".join(read_texts(Path(path)))[: 16 * LENGTH * ROWS]
+    return found
+
+
+def run(folder: Path, texts: dict[str, str], rows_before: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    """Gradients on each text under every cache, at 2 to 4 bits, and under bitsandbytes' teachers."""
+    done = {(row["text"], row["student_bits"]) for row in rows_before}
+    for name, text in texts.items():
+        missing = [bits for bits in (2, 3, 4) if (name, bits) not in done]
+        if missing:
+            yield from _on_text(folder, name, text, missing)
+
+
+def _on_text(folder: Path, name: str, text: str, widths: list[int]) -> Iterator[list[dict[str, Any]]]:
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(TEXT)["input_ids"][: LENGTH * ROWS]
+    ids = tokenizer(text)["input_ids"][: LENGTH * ROWS]
     rows = Dataset.from_dict({"input_ids": [ids[i * LENGTH : (i + 1) * LENGTH] for i in range(ROWS)]})
     rows = rows.add_column("labels", rows["input_ids"])
-    done = {row["student_bits"] for row in rows_before}
     with tempfile.TemporaryDirectory() as scratch:
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         caches = {"hidden": {"dtype": "bfloat16"}, "top 64": {"kind": "topk", "k": 64}}
         caches["top 256"] = {"kind": "topk", "k": 256}
-        for name, options in caches.items():
-            cache_teacher(base, tokenizer, rows, Path(scratch) / name, show_progress=False, **options)
+        for kind, options in caches.items():
+            cache_teacher(base, tokenizer, rows, Path(scratch) / kind, show_progress=False, **options)
         del base
-        for bits in (bits for bits in (2, 3, 4) if bits not in done):
+        for bits in widths:
             found: list[dict[str, Any]] = []
             model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
             student = get_bitdistiller_model(model, BitDistillerConfig(bits=bits, group_size=64))
             live = gradients(student, rows, tokenizer, Path(scratch) / "run")
             teachers: dict[str, dict[str, Any]] = {
-                name: {"teacher": "cached", "teacher_cache": str(Path(scratch) / name)} for name in caches
+                kind: {"teacher": "cached", "teacher_cache": str(Path(scratch) / kind)} for kind in caches
             }
             teachers["in 8 bits"] = {"teacher": f"quantized:{folder}"}
             teachers["in 4 bits"] = {
                 "teacher": f"quantized:{folder}", "teacher_init_kwargs": {"load_in_4bit": True}
             }  # fmt: skip
-            for name, options in teachers.items():
+            for kind, options in teachers.items():
                 got = gradients(student, rows, tokenizer, Path(scratch) / "run", **options)
-                found.append({"teacher": name, "student_bits": bits, "gradient_error": distance(got, live)})
+                error = distance(got, live)
+                found.append({"text": name, "teacher": kind, "student_bits": bits, "gradient_error": error})
                 print(found[-1], flush=True)
             yield found
 
@@ -89,7 +108,7 @@ def run(folder: Path, rows_before: list[dict[str, Any]]) -> Iterator[list[dict[s
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The error of every gradient."""
     return {
-        f"gradient under {row['teacher']}, {row['student_bits']}-bit student": figure(
+        f"gradient under {row['teacher']}, {row['student_bits']}-bit student, {row['text']}": figure(
             row["gradient_error"], "", at_most=ASKED.get(row["teacher"], {}).get(row["student_bits"])
         )
         for row in rows

@@ -12,8 +12,8 @@ Files are text, or JSON lines (also gzipped) with a field "text", "output" or th
 evaluation texts must not overlap. Of each evaluation text, the first 40 chunks of 512 tokens are measured; the
 divergence from the teacher on the first 10 of the first text. Tasks are lm-evaluation-harness's, their first 200 items,
 normalized accuracy, from FOLDER/TASK/SPLIT.jsonl with the Hub's columns; they cost a row minutes. `cpu_seconds` is the
-processor's time up to the packed model, which other work on the machine hardly changes; where there is a GPU, compare
-`seconds`.
+processor's time up to the packed model, which other work on the machine changes less; where there is a GPU, compare
+`seconds`. Times of two machines say nothing about each other: rows have their `machine`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import resource
 import time
 from collections import defaultdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from torch import nn
@@ -226,11 +227,20 @@ def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
             for name, value in _compared(_mean_logs(mine, corpus)).items():
                 suffix = f"_{corpus.removeprefix('ppl_')}" if number else ""
                 found[f"{bits}bit_{name}{suffix}"] = value
-        times = {row["row"]: row["cpu_seconds"] for row in mine if row["seed"] == 0}
-        if {"bitdistiller", "fast"} <= set(times):
-            ratio = times["fast"] / times["bitdistiller"]
+        ratio = _time_ratio(mine)
+        if ratio is not None:
             found[f"{bits}bit_fast_time"] = figure(ratio, "of bitdistiller's processor time", at_most=0.25)
     return found
+
+
+def _time_ratio(rows: list[dict[str, Any]]) -> float | None:
+    """Processor time of `fast` over the original's, which does not depend on its rate, where one machine made both."""
+    times: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        kind = "original" if row["row"] in ORIGINAL else row["row"]
+        times[row["machine"]][kind].append(row["cpu_seconds"])
+    ratios = [median(of["fast"]) / median(of["original"]) for of in times.values() if {"fast", "original"} <= set(of)]
+    return ratios[-1] if ratios else None
 
 
 def _mean_logs(rows: list[dict[str, Any]], corpus: str) -> dict[str, float]:

@@ -2,13 +2,13 @@
 
     python -m benchmarks.training loss
     python -m benchmarks.training steps --model FOLDER
-    python -m benchmarks.training teachers --model FOLDER
+    python -m benchmarks.training teachers --model FOLDER [--text NAME=FILE ...]
 
 `loss`: peak memory of the loss above its inputs, each in a process of its own, beside the textbook formula and TRL's
 chunked kernel. `steps`: one optimizer step of 2,048 tokens, on one thread, of the same model plainly fine-tuned in
 full, as a student, and with each teacher; all in one process, in turn, and compared as the median ratio of a round, in
 CPU time, since the machine may be shared. `teachers`: how far the gradients of a cached teacher are from the live
-one's, and how far a teacher in few bits is from the full one.
+one's, and how far a teacher in few bits is from the full one, on a short passage and on the beginnings of texts.
 
 Results are written as they come, each part among the others'. A run goes on where the last one ended; `--fresh`
 measures its part anew.
@@ -57,6 +57,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder of a causal language model")
     parser.add_argument("--fresh", action="store_true", help="measure the part anew")
     parser.add_argument("--rounds", type=int, default=5, help="steps of each kind (part steps)")
+    parser.add_argument("--text", nargs="*", default=[], metavar="NAME=FILE", help="also on these (part teachers)")
     args = parser.parse_args()
     if args.part != "loss" and args.model is None:
         parser.error("--model is needed")
@@ -67,7 +68,10 @@ def main() -> None:
         case "steps":
             runs, figures_of = steps_part.run(args.model, args.rounds, rows), steps_part.figures
         case _:
-            runs, figures_of = teachers_part.run(args.model, rows), teachers_part.figures
+            runs, figures_of = (
+                teachers_part.run(args.model, teachers_part.texts_of(args.text), rows),
+                teachers_part.figures,
+            )
     for new in runs:
         rows += new
         save(args.part, rows, figures_of(rows))

@@ -57,7 +57,15 @@ def test_rows_are_measured_at_equal_tokens_and_only_once(folder: Path, monkeypat
 def test_figures_compare_the_rows_they_name() -> None:
     names = {"full_precision": 10.0, "bitdistiller": 1000.0, "balanced": 100.0, "efficientqat": 90.0, "fast": 500.0}
     rows = [
-        {"row": name, "bits": 2, "seed": 0, "cpu_seconds": 2.0, "ppl_wiki": value, "ppl_other": value * 3}
+        {
+            "row": name,
+            "bits": 2,
+            "seed": 0,
+            "cpu_seconds": 2.0,
+            "ppl_wiki": value,
+            "ppl_other": value * 3,
+            "machine": "A",
+        }
         for name, value in names.items()
     ]
     rows += [{**rows[2], "seed": 1, "ppl_wiki": 400.0}, {**rows[2], "seed": 2, "ppl_wiki": 25.0}]
@@ -71,6 +79,17 @@ def test_figures_compare_the_rows_they_name() -> None:
     assert found["2bit_share_of_gap_closed_other"]["value"] == pytest.approx(0.5)
     assert found["2bit_left_of_full_precision"]["value"] == pytest.approx(10)
     assert found["2bit_fast_time"]["value"] == 1.0
+
+
+def test_times_are_compared_on_one_machine() -> None:
+    common = {"bits": 2, "seed": 0, "ppl_wiki": 10.0}
+    rows = [
+        {"row": "bitdistiller", "cpu_seconds": 400.0, "machine": "A", **common},
+        {"row": "fast", "cpu_seconds": 50.0, "machine": "B", **common},
+    ]
+    assert "2bit_fast_time" not in quality.figures(rows)
+    rows.append({"row": "bitdistiller-lr5e-5", "cpu_seconds": 100.0, "machine": "B", **common})
+    assert quality.figures(rows)["2bit_fast_time"]["value"] == 0.5
 
 
 def test_gptq_and_awq_are_rows_without_training(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
