@@ -124,7 +124,7 @@ class _Block:
         self.hidden, self.targets = hidden, targets
         self._runner, self._number = runner, number
         self._device = hidden[0].device  # where the block is run; hidden states stay where they are
-        self._sample = range(0, len(hidden), max(1, len(hidden) // 16))  # enough to tell the error
+        self._sample = range(0, len(hidden), max(1, len(hidden) // 8))  # enough to tell the error
 
     def reconstruct(self, sweep: Sweep, options: BlockwiseOptions) -> BlockReport:
         """Clip, train, and move on; on any exception the student is put back."""
@@ -141,20 +141,19 @@ class _Block:
             self._clip(sweep, options)
             clipped = self._error(options)
             self._train(options)
-            after = self._error(options)
         except BaseException:
             with torch.no_grad():
                 for tensor, copy in kept:
                     tensor.copy_(copy)
             raise
-        self._move_on()
+        after = self._move_on(options)
         return BlockReport(self.name, before, clipped, after, time.perf_counter() - started)
 
     def pass_by(self, options: BlockwiseOptions) -> None:
         """Move on through a block without quantized parameters, or one that is finished."""
         with self._moved(options.device, None):
             self._make_targets(options.targets)
-            self._move_on()
+            self._move_on(options)
 
     @contextmanager
     def _moved(self, device: str | None, sweep: Sweep | None) -> Iterator[None]:
@@ -185,13 +184,11 @@ class _Block:
     @torch.no_grad()
     def _error(self, options: BlockwiseOptions) -> float:
         """Squared error of the block's output relative to its target, on some of the batches, as the loss sees it."""
-        error = energy = 0.0
+        found = _RelativeError()
         with self._quantized_once(), _fast_dtype(self.hidden[0], self._device):
             for index in self._sample:
-                output, target = self._compared(self._run(index, self.hidden[index]), index, options)
-                error += float(F.mse_loss(output, target, reduction="sum"))
-                energy += float(target.square().sum())
-        return error / max(energy, torch.finfo(torch.float32).tiny)
+                found.add(*self._compared(self._run(index, self.hidden[index]), index, options))
+        return found.ratio()
 
     def _clip(self, sweep: Sweep, options: BlockwiseOptions) -> None:
         if not options.clip_search:
@@ -236,10 +233,16 @@ class _Block:
         return (output, target) if options.loss == "mse" else (_normalized(output), _normalized(target))
 
     @torch.no_grad()
-    def _move_on(self) -> None:
+    def _move_on(self, options: BlockwiseOptions) -> float:
+        """Let the hidden states pass; also returns the error, as `_error` does, of a block that is finished."""
+        found = _RelativeError()
         with self._quantized_once(), _fast_dtype(self.hidden[0], self._device):
             for index, states in enumerate(self.hidden):
-                self.hidden[index] = self._run(index, states).to(states.device)
+                output = self._run(index, states)
+                if index in self._sample:
+                    found.add(*self._compared(output, index, options))
+                self.hidden[index] = output.to(states.device)
+        return found.ratio()
 
     @contextmanager
     def _quantized_once(self) -> Iterator[None]:
@@ -248,6 +251,20 @@ class _Block:
             for slot in self.slots:
                 display.show(slot, slot.student())
             yield
+
+
+class _RelativeError:
+    """An error relative to what it is an error of, batch by batch."""
+
+    def __init__(self) -> None:
+        self.error = self.energy = 0.0
+
+    def add(self, output: Tensor, target: Tensor) -> None:
+        self.error += float(F.mse_loss(output, target, reduction="sum"))
+        self.energy += float(target.square().sum())
+
+    def ratio(self) -> float:
+        return self.error / max(self.energy, torch.finfo(torch.float32).tiny)
 
 
 def _bring_home(sweep: Sweep | None, name: str, home: torch.device) -> None:

@@ -16,8 +16,8 @@ from bitdistiller_peft.training.documents import DIGEST_BYTES, Document
 logger = logging.getLogger(__name__)
 
 _TRADE = (  # benchmarks/training.py, part teachers
-    "Hidden states give the live teacher's gradients within 1 %; on a 135M model and four texts, a top 64 with its tail "
-    "was off by 25 to 33 % for a 3-bit and 17 to 33 % for a 4-bit student, a top 256 by 17 to 25 % and 11 to 21 %."
+    "Hidden states give the live teacher's gradients within 1 %; on a 135M model and four texts, a top 64 with its "
+    "tail was off by 25 to 33 % for a 3-bit and 17 to 33 % for a 4-bit student, a top 256 by 17 to 25 % and 11 to 21 %."
 )
 
 
