@@ -263,6 +263,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--shapes", nargs="*", default=[f"{r}x{c}" for r, c in SHAPES], help="ROWSxCOLUMNS")
     parser.add_argument("--tokens", type=int, nargs="*", default=[1, 2, 4, 8, 16, 32, 64, 128, 512, 2048])
+    parser.add_argument("--name", default="inference_cpu", help="of the results file")
     _inference_models.add_arguments(parser)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -277,7 +278,7 @@ def main() -> None:
     figures = summarise(rows, models)
     for name, value in figures.items():
         print(f"{name}: {value['value']:.2f} {value['unit']}, asked: {value['asked'] or 'nothing'}")
-    print(f"written to {write_results('inference_cpu', [*rows, *models], figures)}")
+    print(f"written to {write_results(args.name, [*rows, *models], figures)}")
 
 
 if __name__ == "__main__":

@@ -289,7 +289,7 @@ WIDTH, LABEL, ROW, BAR = 720, 220, 22, 14
 
 def charts(result: dict[str, Any]) -> Iterator[str]:
     """Bar charts of one results file, as SVG text: no script, no font, the page's own colours."""
-    if result["name"] == "inference_cpu":
+    if result["name"].startswith("inference_cpu"):
         yield from _inference(result["rows"])
 
 
