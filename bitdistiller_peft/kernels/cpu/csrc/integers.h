@@ -1,9 +1,9 @@
 // Sums of 8-bit integers times the ternary weights of a stream, in integers: exact in any order.
 //
-// Inputs are laid out as the stream is. In a 2-bit pack, byte 2l of its 64 holds column l of units 0 .. 3 in two bits
-// each, and byte 2l + 1 that of units 4 .. 7. Shifted by 2j and masked, the pack is 64 codes of units j and j + 4; so of
-// every 256 inputs, the 64 bytes from 64j on are those of these units, in turn. Codes are 0, 1, 2 for -1, 0, 1: the sum
-// of the inputs is subtracted at the end. What is left of a row after whole packs stays in order.
+// Inputs are laid out as the stream is. In a 2-bit pack, byte 2l of its 64 holds column l of units 0 .. 3 in two
+// bits each, and byte 2l + 1 that of units 4 .. 7. Shifted by 2j and masked, the pack is 64 codes of units j and j + 4;
+// so of every 256 inputs, the 64 bytes from 64j on are those of these units, in turn. Codes are 0, 1, 2 for -1, 0, 1:
+// the sum of the inputs is subtracted at the end. What is left of a row after whole packs stays in order.
 
 #pragma once
 
@@ -71,8 +71,9 @@ inline void portable_sums(const Products& call, int64_t first, int64_t last) {
         for (int64_t token = 0; token < call.tokens; ++token) {
             int32_t sum = 0;
             for (int64_t col = 0; col < s.cols; ++col) {
-                const portable::Place place = portable::place_of(s.units, 2, static_cast<int>(row % kRows), col / kUnit);
-                const uint32_t code = portable::lane_code(codes + place.offset, place.unit, static_cast<int>(col % kUnit), 2);
+                const int lane_row = static_cast<int>(row % kRows), lane = static_cast<int>(col % kUnit);
+                const portable::Place place = portable::place_of(s.units, 2, lane_row, col / kUnit);
+                const uint32_t code = portable::lane_code(codes + place.offset, place.unit, lane, 2);
                 sum += static_cast<int32_t>(code) * call.inputs[token * call.stride + place_of(col, s.units)];
             }
             store(call, token, row, sum);

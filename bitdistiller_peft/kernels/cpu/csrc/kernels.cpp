@@ -246,17 +246,18 @@ int32_t bd_linear(const BdStream* s, const uint8_t* data, const void* x, int64_t
     return failed ? 1 : 0;
 }
 
-// out = (codes of x) * (signs of the weight)' * scale * step + bias, exactly; see ternary.h. The stream has 2 bits; out has
-// the dtype of x. Returns 0, or 1 without memory.
+// out = (codes of x) * (signs of the weight)' * scale * step + bias, exactly; see ternary.h. The stream has 2 bits; out
+// has the dtype of x. Returns 0, or 1 without memory.
 int32_t bd_ternary_int8(const BdStream* s, const uint8_t* data, const void* x, int64_t tokens, const void* scale,
                         int32_t scale_type, int32_t per_matrix, const float* bias, void* out, int32_t bfloat,
                         int32_t isa, int32_t threads) {
     const int64_t width = s->units * kUnit;
-    const std::unique_ptr<int8_t[]> codes(new (std::nothrow) int8_t[static_cast<size_t>(tokens * width)]());
-    const std::unique_ptr<int32_t[]> integers_room(new (std::nothrow) int32_t[static_cast<size_t>(tokens * (s->rows + 1))]);
+    const auto bytes = static_cast<size_t>(tokens * width), whole = static_cast<size_t>(tokens * (s->rows + 1));
+    const std::unique_ptr<int8_t[]> codes(new (std::nothrow) int8_t[bytes]());
+    const std::unique_ptr<int32_t[]> numbers(new (std::nothrow) int32_t[whole]);
     const std::unique_ptr<float[]> floats(new (std::nothrow) float[static_cast<size_t>(tokens + s->rows)]);
-    if (!codes || !integers_room || !floats) return 1;
-    int32_t *totals = integers_room.get(), *sums = totals + tokens;
+    if (!codes || !numbers || !floats) return 1;
+    int32_t *totals = numbers.get(), *sums = totals + tokens;
     float *steps = floats.get(), *scales = steps + tokens;
     for (int64_t row = 0; row < s->rows; ++row) scales[row] = load_scale(scale, per_matrix ? 0 : row, scale_type);
     const ternary::Activations given{x, bfloat != 0, s->cols, s->units, codes.get(), totals, steps};
@@ -266,7 +267,8 @@ int32_t bd_ternary_int8(const BdStream* s, const uint8_t* data, const void* x, i
     const auto multiply = integer_sums(isa);
     const auto finish = outputs_for(isa);
     parallel(tokens, threads, [&](int64_t first, int64_t last) { quantize(given, first, last); });
-    parallel((s->rows + kRows - 1) / kRows, threads, [&](int64_t first, int64_t last) { multiply(products, first, last); });
+    const int64_t strips = (s->rows + kRows - 1) / kRows;
+    parallel(strips, threads, [&](int64_t first, int64_t last) { multiply(products, first, last); });
     parallel(tokens, threads, [&](int64_t first, int64_t last) { finish(call, first, last); });
     return 0;
 }
