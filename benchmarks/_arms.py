@@ -84,7 +84,7 @@ class Bench:
         self.step_tokens = step_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(options.model)
         self.train_texts = [read_texts(path) for path in options.train_text]
-        self.eval_texts = dict(_named(item) for item in options.eval)
+        self.eval_texts = dict(named_texts(item) for item in options.eval)
 
     def load(self) -> Any:
         """The full-precision model, in bf16 where the machine multiplies it."""
@@ -251,6 +251,7 @@ def _text_of(row: dict[str, Any]) -> str:
     return strings[0]
 
 
-def _named(item: str) -> tuple[str, list[str]]:
+def named_texts(item: str) -> tuple[str, list[str]]:
+    """The name and the documents of `NAME=FILE`."""
     name, _, path = item.partition("=")
     return name, read_texts(Path(path))

@@ -12,7 +12,7 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from benchmarks._arms import read_texts
+from benchmarks._arms import named_texts
 from benchmarks._results import figure
 from bitdistiller_peft import BitDistillerConfig, get_bitdistiller_model
 from bitdistiller_peft.training import DistillConfig, DistillTrainer, cache_teacher
@@ -57,11 +57,8 @@ def distance(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
 
 def texts_of(named: Sequence[str]) -> dict[str, str]:
     """The passage above, and of each `NAME=FILE` enough for the rows: documents from the first one on."""
-    found = {PASSAGE: TEXT}
-    for item in named:
-        name, _, path = item.partition("=")
-        found[name] = "\n\n".join(read_texts(Path(path)))[: 16 * LENGTH * ROWS]
-    return found
+    documents = dict(named_texts(item) for item in named)
+    return {PASSAGE: TEXT} | {name: "\n\n".join(texts)[: 16 * LENGTH * ROWS] for name, texts in documents.items()}
 
 
 def run(folder: Path, texts: dict[str, str], rows_before: list[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:

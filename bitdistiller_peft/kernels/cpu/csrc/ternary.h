@@ -28,7 +28,8 @@ struct Activations {
 
 BD_SWEEP fake::Floats load_eight(const Activations& call, int64_t token, int64_t at) {
     const int64_t from = token * call.cols + at, count = call.cols - at < fake::kLanes ? call.cols - at : fake::kLanes;
-    if (!call.bfloat) return fake::load_some(static_cast<const float*>(call.x) + from, count, 0.0f);
+    const float* floats = static_cast<const float*>(call.x) + from;
+    if (!call.bfloat) return count == fake::kLanes ? fake::load(floats) : fake::load_some(floats, count, 0.0f);
     fake::Floats value = {};
     const uint16_t* brains = static_cast<const uint16_t*>(call.x) + from;
     for (int j = 0; j < count; ++j) value[j] = from_bfloat(brains[j]);
