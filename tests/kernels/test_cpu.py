@@ -166,7 +166,7 @@ def test_the_largest_sums_of_ternary_times_int8(isa: str, sign: float) -> None:
     spec = QuantSpec.create("ternary", 2, group_size="tensor")
     params = QuantParams(torch.ones(1, 1, dtype=torch.float16))
     words = packed_tensors(torch.full((5, width), 2), params, spec)[""]
-    for tokens in (1, 4):
+    for tokens in (1, 4, 18):
         got = packed_ternary_int8_linear(torch.full((tokens, width), 127.0 * sign), words, params, spec)
         assert torch.equal(got, torch.full((tokens, 5), 127.0 * sign * width))
 

@@ -38,12 +38,10 @@ class CpuBackend(OperatorBackend):
     def ternary_int8_linear(
         self, inputs: Tensor, words: Tensor, params: QuantParams, spec: QuantSpec, bias: Tensor | None
     ) -> Tensor | None:
-        """One call, in integers; where torch has bf16 products it has integer products, too: those, for many tokens."""
-        if inputs.dtype == compute_dtype(inputs) and self.is_plain_call(inputs, words, bias):
-            tokens = inputs.numel() // inputs.shape[-1]
-            is_few = not ops.has_bfloat_products() or tokens <= ops.few_tokens(torch.bfloat16)
-            if inputs.dtype in ops.TERNARY_TYPES and tokens and is_few:
-                return ops.ternary_int8_linear(inputs, bias, words, params.scale, unit_weight(inputs.device, spec))
+        """One call, in integers."""
+        is_plain = inputs.dtype == compute_dtype(inputs) and self.is_plain_call(inputs, words, bias)
+        if is_plain and inputs.dtype in ops.TERNARY_TYPES and inputs.numel():
+            return ops.ternary_int8_linear(inputs, bias, words, params.scale, unit_weight(inputs.device, spec))
         return super().ternary_int8_linear(inputs, words, params, spec, bias)
 
     def details(self) -> str:

@@ -65,14 +65,9 @@ def _multiply(
     return out
 
 
-def has_bfloat_products() -> bool:
-    """Whether the instruction set in use multiplies bf16."""
-    return isa() == len(ISAS) - 1
-
-
 def few_tokens(dtype: torch.dtype) -> int:
     """Up to how many tokens of a dtype streams are multiplied."""
-    return FEW_TOKENS[dtype == torch.bfloat16 and has_bfloat_products()]
+    return FEW_TOKENS[dtype == torch.bfloat16 and isa() == len(ISAS) - 1]
 
 
 def ternary_int8_linear(

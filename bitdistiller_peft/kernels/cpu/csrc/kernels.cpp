@@ -252,7 +252,7 @@ int32_t bd_ternary_int8(const BdStream* s, const uint8_t* data, const void* x, i
                         int32_t scale_type, int32_t per_matrix, const float* bias, void* out, int32_t bfloat,
                         int32_t isa, int32_t threads) {
     const int64_t width = s->units * kUnit;
-    const auto bytes = static_cast<size_t>(tokens * width), whole = static_cast<size_t>(tokens * (s->rows + 1));
+    const auto bytes = static_cast<size_t>(tokens * width + kUnit), whole = static_cast<size_t>(tokens * (s->rows + 1));
     const std::unique_ptr<int8_t[]> codes(new (std::nothrow) int8_t[bytes]());
     const std::unique_ptr<int32_t[]> numbers(new (std::nothrow) int32_t[whole]);
     const std::unique_ptr<float[]> floats(new (std::nothrow) float[static_cast<size_t>(tokens + s->rows)]);

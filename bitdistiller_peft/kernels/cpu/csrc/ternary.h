@@ -17,6 +17,8 @@ namespace ternary {
 
 constexpr float kMaxCode = 127.0f, kSmallestRange = 1e-5f;
 
+typedef uint16_t Brains __attribute__((vector_size(2 * fake::kLanes)));
+
 struct Activations {
     const void* x;  // [tokens, cols]
     bool bfloat;
@@ -30,10 +32,11 @@ BD_SWEEP fake::Floats load_eight(const Activations& call, int64_t token, int64_t
     const int64_t from = token * call.cols + at, count = call.cols - at < fake::kLanes ? call.cols - at : fake::kLanes;
     const float* floats = static_cast<const float*>(call.x) + from;
     if (!call.bfloat) return count == fake::kLanes ? fake::load(floats) : fake::load_some(floats, count, 0.0f);
-    fake::Floats value = {};
     const uint16_t* brains = static_cast<const uint16_t*>(call.x) + from;
-    for (int j = 0; j < count; ++j) value[j] = from_bfloat(brains[j]);
-    return value;
+    Brains bits = {};
+    if (count == fake::kLanes) std::memcpy(&bits, brains, sizeof bits);
+    else std::memcpy(&bits, brains, static_cast<size_t>(count) * 2);
+    return (fake::Floats)(__builtin_convertvector(bits, fake::Mask) << 16);
 }
 
 // The largest magnitude. NaN is passed over: its code is NaN, and is seen there.
@@ -80,13 +83,14 @@ struct Finish {
     int64_t rows;
 };
 
-BD_SWEEP void finish(const Finish& call, int64_t token) {
+template <typename Number, typename Rounded>
+BD_SWEEP void finish(const Finish& call, int64_t token, Rounded rounded) {
     const int32_t* sums = call.sums + token * call.rows;
+    const float step = call.steps[token];
+    Number* out = static_cast<Number*>(call.out) + token * call.rows;
     for (int64_t row = 0; row < call.rows; ++row) {
-        float value = static_cast<float>(sums[row]) * call.scales[row] * call.steps[token];
-        if (call.bias) value += call.bias[row];
-        if (call.bfloat) static_cast<uint16_t*>(call.out)[token * call.rows + row] = to_bfloat(value);
-        else static_cast<float*>(call.out)[token * call.rows + row] = value;
+        const float value = static_cast<float>(sums[row]) * call.scales[row] * step;
+        out[row] = rounded(call.bias ? value + call.bias[row] : value);
     }
 }
 
@@ -95,7 +99,10 @@ BD_SWEEP void activations(const Activations& call, int64_t first, int64_t last) 
 }
 
 BD_SWEEP void outputs(const Finish& call, int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token) finish(call, token);
+    for (int64_t token = first; token < last; ++token) {
+        if (call.bfloat) finish<uint16_t>(call, token, to_bfloat);
+        else finish<float>(call, token, [](float value) { return value; });
+    }
 }
 
 }  // namespace ternary
