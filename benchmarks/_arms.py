@@ -48,7 +48,7 @@ class Arm:
     """One recipe: the student, what it starts from, and how the tokens are spent.
 
     Attributes:
-        model: fields of `BitDistillerConfig`.
+        model: fields of `BitDistillerConfig`; its `bits` and `group_size` are in place of the benchmark's.
         clip: whether a clip search comes first.
         method: another way to calibrate on the same windows, `"gptq"` or `"awq"`.
         method_options: its options.
@@ -94,7 +94,8 @@ class Bench:
 
     def prepare(self, model: nn.Module, arm: Arm, bits: int, group_size: int) -> Any:
         """The student, not yet calibrated."""
-        return get_bitdistiller_model(model, BitDistillerConfig(bits=bits, group_size=group_size, **arm.model))
+        config = BitDistillerConfig(**{"bits": bits, "group_size": group_size, **arm.model})
+        return get_bitdistiller_model(model, config)
 
     def windows(self, tokens: int) -> Tensor:
         """The first windows of each training text in turn, as one row ``[1, >= tokens]``."""

@@ -87,6 +87,10 @@ ARMS = {
     "fast-weight-clip": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FACTORS, "objective": "weight"}), share=0.25),
     "fast-larger-steps": Arm(LEARNED, blockwise=(1.0, {**OURS, "factors": FEW_FACTORS}), share=0.25),
     "balanced": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
+    # five times the tokens; a row this long is what a processor does in half an hour
+    "max": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END, share=5.0),
+    # a smaller file than that of 2 bits with embeddings in 16: no training, embeddings in 8 bits, all else in 4
+    "same-size": Arm({**MIN_MAX, "bits": 4, "embedding_bits": 8}, clip=True, share=0.0),
     # parts of ours taken away
     "balanced-mse": Arm(LEARNED, blockwise=(0.5, {**OURS, "loss": "mse"}), training=END_TO_END),
     "balanced-no-clip": Arm(LEARNED, blockwise=(0.5, {**OURS, "clip_search": False}), training=END_TO_END),
@@ -129,7 +133,9 @@ ARMS = {
 OF_WIDTH = {  # in place of those above
     3: {"balanced": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training=FINER_END)},
 }
-NOT_BY_DEFAULT = tuple(name for name, arm in ARMS.items() if arm.peer or name.startswith(("balanced-", "fast-")))
+NOT_BY_DEFAULT = tuple(
+    name for name, arm in ARMS.items() if arm.peer or name == "max" or name.startswith(("balanced-", "fast-"))
+)
 
 
 class Bench(_arms.Bench):
