@@ -1,9 +1,9 @@
 """Packed layers on a CPU: one token from cold memory, batches, and greedy tokens per second of a whole model.
 
-Weights are read from copies that together exceed the caches, so each call finds its weight in memory. The kinds take
-turns, so that a slow moment of the machine falls on all of them; times are CPU seconds of the thread with one thread,
-wall seconds otherwise, and medians count. "Streaming" is the time to read as many bytes as the packed weight has,
-with the fastest loop at hand, from memory, in the same round.
+Weights are read from copies that together exceed the caches, so each call finds its weight in memory. All take turns,
+in an order drawn anew each time, so that a slow moment of the machine falls on all of them. Times are CPU seconds of
+the thread with one thread, wall seconds otherwise; medians count. "Streaming" is the time to read as many bytes as the
+packed weight has, with the fastest loop at hand, from memory, in the same round.
 
     python -m benchmarks.inference_cpu                        # one thread, 4096 x 4096 and 11008 x 4096
     python -m benchmarks.inference_cpu --base FULL-PRECISION --models int2=PACKED ternary=PACKED --gguf FILE
@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import random
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +30,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from benchmarks import _inference_models
-from benchmarks._inference_peers import peers
+from benchmarks._inference_peers import Peer, peers
 from benchmarks._results import figure, table, write_results
 from bitdistiller_peft import use_backend
 from bitdistiller_peft.kernels import backend_info, packed_linear, packed_ternary_int8_linear
@@ -88,28 +90,43 @@ def _stream(words: Tensor, params: QuantParams, spec: QuantSpec, cols: int) -> S
     return STREAMS.get(words, params.scale, second, layout, cols)
 
 
-def kernel_only(made: Packed, words: Tensor, inputs: Tensor, library: ctypes.CDLL) -> float:
-    """Milliseconds of the C function alone, on a copy that is not in the caches: without Python and the operator."""
-    place = next(i for i, other in enumerate(made.words) if other is words) + len(made.words) // 3
-    stream = _stream(made.words[place % len(made.words)], made.params, made.spec, inputs.shape[1])
-    out = torch.empty(1, stream.struct.rows, dtype=inputs.dtype)
-    given = (stream.pointer, stream.address, inputs.data_ptr(), 1, None, out.data_ptr(), 1, isa())
-    return clock(lambda: library.bd_linear(*given, torch.get_num_threads()))
-
-
-def rotated(packed: dict[Any, Packed], turn: int) -> list[tuple[Any, Packed]]:
-    """Each kind comes first in its turn: the first one after a dense product finds the caches and tables of it."""
-    items = list(packed.items())
-    first = turn % len(items)
-    return items[first:] + items[:first]
-
-
 def clock(call: Callable[[], object]) -> float:
     """Milliseconds of one call."""
     now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = now()
     call()
     return (now() - start) * 1e3
+
+
+def _of_peer(peer: Peer, turn: int) -> float:
+    return clock(peer.calls[turn % len(peer.calls)])
+
+
+def _of_dense(weights: list[Tensor], inputs: Tensor, turn: int) -> float:
+    return clock(lambda: F.linear(inputs, weights[turn % len(weights)]))
+
+
+def _copy(made: Packed, third: int, turn: int) -> Tensor:
+    return made.words[(turn + third * len(made.words) // 3) % len(made.words)]
+
+
+def _of_packed(multiply: Callable[..., Tensor], made: Packed, inputs: Tensor, third: int, turn: int) -> float:
+    words = _copy(made, third, turn)
+    return clock(lambda: multiply(inputs, words, made.params, made.spec))
+
+
+def _of_kernel(made: Packed, inputs: Tensor, library: ctypes.CDLL, turn: int) -> float:
+    """The C function alone: without Python and the operator."""
+    stream = _stream(_copy(made, 2, turn), made.params, made.spec, inputs.shape[1])
+    out = torch.empty(1, stream.struct.rows, dtype=inputs.dtype)
+    given = (stream.pointer, stream.address, inputs.data_ptr(), 1, None, out.data_ptr(), 1, isa())
+    return clock(lambda: library.bd_linear(*given, torch.get_num_threads()))
+
+
+def _of_reading(start: int, size: int, memory: Tensor, library: ctypes.CDLL, turn: int) -> float:
+    place = (start + turn * size) % (COLD_BYTES - size) // 64 * 64
+    address = ctypes.c_void_p(memory.data_ptr() + place)
+    return clock(lambda: library.bd_read(address, size // 8, isa()))
 
 
 def one_token(rows: int, cols: int, rounds: int) -> list[dict[str, Any]]:
@@ -133,28 +150,22 @@ def one_token(rows: int, cols: int, rounds: int) -> list[dict[str, Any]]:
     for words in integers.words:
         packed_ternary_int8_linear(inputs[torch.bfloat16], words, integers.params, integers.spec)  # makes its stream
     others = peers(rows, cols, COLD_BYTES)
+    calls: dict[Any, Callable[[int], float]] = {name: partial(_of_peer, peer) for name, peer in others.items()}
+    calls[INTEGERS] = partial(_of_packed, packed_ternary_int8_linear, integers, inputs[torch.bfloat16], 0)
+    for place, (dtype, weights) in enumerate(dense.items()):
+        calls[dtype] = partial(_of_dense, weights, inputs[dtype])
+        for kind, made in packed.items():  # the two dtypes, and the kernel alone, take turns on different copies
+            calls[kind, dtype] = partial(_of_packed, packed_linear, made, inputs[dtype], place)
+    for place, (kind, made) in enumerate(packed.items()):
+        calls[kind, "kernel"] = partial(_of_kernel, made, inputs[torch.bfloat16], library)
+        start = place * COLD_BYTES // len(packed)  # what one kind has read is in the cache
+        calls[kind, "read"] = partial(_of_reading, start, made.stream_bytes, memory, library)
     times: dict[Any, list[float]] = defaultdict(list)
     for turn in range(rounds):
-        for name, peer in others.items() if turn < PEER_ROUNDS else ():
-            times[name].append(clock(peer.calls[turn % len(peer.calls)]))
-        words = integers.words[turn % len(integers.words)]
-        given = (inputs[torch.bfloat16], words, integers.params, integers.spec)
-        times[INTEGERS].append(clock(lambda g=given: packed_ternary_int8_linear(*g)))  # type: ignore[misc]
-        for dtype, weights in dense.items():
-            weight = weights[turn % len(weights)]
-            times[dtype].append(clock(lambda w=weight, d=dtype: F.linear(inputs[d], w)))  # type: ignore[misc]
-        for kind, made in rotated(packed, turn):
-            words = made.words[turn % len(made.words)]
-            for dtype in inputs:
-                call = lambda m=made, w=words, d=dtype: packed_linear(inputs[d], w, m.params, m.spec)  # noqa: E731
-                times[kind, dtype].append(clock(call))
-                # the two dtypes take turns on different copies
-                words = made.words[(turn + len(made.words) // 2) % len(made.words)]
-            times[kind, "kernel"].append(kernel_only(made, words, inputs[torch.bfloat16], library))
-            place = (turn * made.stream_bytes) % (COLD_BYTES - made.stream_bytes) // 64 * 64
-            address = ctypes.c_void_p(memory.data_ptr() + place)
-            size = made.stream_bytes // 8
-            times[kind, "read"].append(clock(lambda a=address, n=size: library.bd_read(a, n, isa())))  # type: ignore[misc]
+        # in another order each time: a call finds the caches and tables that the one before it left
+        for name in random.Random(turn).sample(list(calls), len(calls)):
+            if turn < PEER_ROUNDS or name not in others:
+                times[name].append(calls[name](turn))
     sizes = {INTEGERS: integers.packed_bytes} | {name: peer.num_bytes for name, peer in others.items()}
     return _one_token_rows(rows, cols, packed, times, sizes)
 

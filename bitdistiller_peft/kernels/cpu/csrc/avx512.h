@@ -20,7 +20,7 @@
 namespace bd {
 namespace avx512 {
 
-constexpr int64_t kPrefetch = 4096;
+constexpr int64_t kPrefetch = 8192;
 
 // (p, q) of four rows in the lower half.
 BD_INLINE BD_512 __m512 load_params(const uint8_t* data, int scale_type) {
