@@ -7,8 +7,9 @@ default on full-precision inputs.
 
 Source: the idea of training weights and quantization parameters together, block by block, is EfficientQAT's Block-AP
 (arXiv 2407.11062), section 3.2. Differences: the clip search comes first, the targets come from the full-precision
-prefix, and outputs are compared after normalisation. The last matters most with few tokens: one token's huge
-activations, which a decoder makes at the first position to rest its attention on, else decide the whole loss.
+prefix, outputs may be compared behind the next blocks as well, and are compared after normalisation. The last matters
+most with few tokens: one token's huge activations, which a decoder makes at the first position to rest its attention
+on, else decide the whole loss.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from bitdistiller_peft.calibration.block_training import (
     stages_of,
 )
 from bitdistiller_peft.calibration.blocks import BlockRunner
+from bitdistiller_peft.calibration.look_ahead import LookAhead
 from bitdistiller_peft.calibration.options import BlockwiseOptions
 from bitdistiller_peft.calibration.progress import Progress
 from bitdistiller_peft.calibration.result import BlockReport
@@ -85,7 +87,7 @@ def reconstruct(
         targets = runner.record(batches)
     hidden = runner.record(batches)
     for number in blocks_to_visit(by_block, left):
-        work = _Block(runner, number, by_block[number], hidden, targets)
+        work = _Block(runner, number, by_block[number], hidden, targets, options.look_ahead)
         report = progress.restore(work.name, work.slots, sweep)
         if report is None and work.slots:
             report = work.reconstruct(sweep, options)
@@ -118,17 +120,23 @@ class _Block:
     """One block at work. `hidden` and `targets` are moved on in place, from what enters the block to what leaves it."""
 
     def __init__(
-        self, runner: BlockRunner, number: int, slots: list[Slot], hidden: list[Tensor], targets: list[Tensor]
+        self,
+        runner: BlockRunner,
+        number: int,
+        slots: list[Slot],
+        hidden: list[Tensor],
+        targets: list[Tensor],
+        look_ahead: int,
     ) -> None:
         self.model, self.block, self.name, self.slots = runner.model, runner.blocks[number], runner.names[number], slots
         self.hidden, self.targets = hidden, targets
-        self._runner, self._number = runner, number
+        self._runner, self._number, self._ahead = runner, number, LookAhead(runner, number, look_ahead)
         self._device = hidden[0].device  # where the block is run; hidden states stay where they are
         self._sample = range(0, len(hidden), max(1, len(hidden) // 8))  # enough to tell the error
 
     def reconstruct(self, sweep: Sweep, options: BlockwiseOptions) -> BlockReport:
         """Clip, train, and move on; on any exception the student is put back."""
-        with self._moved(options.device, sweep):
+        with self._moved(options.device, sweep, *self._ahead.blocks):
             return self._reconstruct(sweep, options)
 
     def _reconstruct(self, sweep: Sweep, options: BlockwiseOptions) -> BlockReport:
@@ -156,18 +164,20 @@ class _Block:
             self._move_on(options)
 
     @contextmanager
-    def _moved(self, device: str | None, sweep: Sweep | None) -> Iterator[None]:
-        """Have the block, and what the search finds in it, on another device for a while."""
+    def _moved(self, device: str | None, sweep: Sweep | None, *behind: nn.Module) -> Iterator[None]:
+        """Have the block, and what the search finds in it, on another device for a while, and blocks behind it."""
         home = next(self.block.parameters()).device
         if device is None or home == torch.device(device):
             yield
             return
         self._device = torch.device(device)
-        self.block.to(self._device)
+        for block in (self.block, *behind):
+            block.to(self._device)
         try:
             yield
         finally:
-            self.block.to(home)
+            for block in (self.block, *behind):
+                block.to(home)
             for slot in self.slots:
                 _bring_home(sweep, slot.name, home)
 
@@ -212,7 +222,8 @@ class _Block:
                 self._fit(slots, options)
 
     def _fit(self, slots: Sequence[Slot], options: BlockwiseOptions) -> None:
-        fit(self.name, self.block, slots, partial(self._loss, options=options), options, len(self.hidden))
+        with self._ahead.in_full_precision():
+            fit(self.name, self.block, slots, partial(self._loss, options=options), options, len(self.hidden))
 
     def _train_finer(self, options: BlockwiseOptions) -> None:
         """Train at other widths first, from fine to coarse, so that each start is near its end."""
@@ -225,12 +236,16 @@ class _Block:
         with torch.enable_grad():
             with _fast_dtype(self.hidden[0], self._device):
                 output = self._run(index, self.hidden[index])
-            return F.mse_loss(*self._compared(output, index, options))
+            loss = F.mse_loss(*self._compared(output, index, options))
+            if not self._ahead.blocks:
+                return loss
+            with _fast_dtype(self.hidden[0], self._device):
+                later = self._ahead(index, output)
+                target = self._ahead.target(index, self.targets[index], self._device)
+            return loss + F.mse_loss(*_as_compared(later, target, options))
 
     def _compared(self, output: Tensor, index: int, options: BlockwiseOptions) -> tuple[Tensor, Tensor]:
-        """Output and target as they are to be compared, in fp32."""
-        output, target = output.float(), self.targets[index].to(output.device).float()
-        return (output, target) if options.loss == "mse" else (_normalized(output), _normalized(target))
+        return _as_compared(output, self.targets[index].to(output.device), options)
 
     @torch.no_grad()
     def _move_on(self, options: BlockwiseOptions) -> float:
@@ -271,6 +286,12 @@ def _bring_home(sweep: Sweep | None, name: str, home: torch.device) -> None:
     found = None if sweep is None else sweep.findings.get(name)
     if sweep is not None and found is not None and found.low is not None and found.high is not None:
         sweep.findings[name] = replace(found, low=found.low.to(home), high=found.high.to(home))
+
+
+def _as_compared(output: Tensor, target: Tensor, options: BlockwiseOptions) -> tuple[Tensor, Tensor]:
+    """Output and target as they are to be compared, in fp32."""
+    output, target = output.float(), target.float()
+    return (output, target) if options.loss == "mse" else (_normalized(output), _normalized(target))
 
 
 def _normalized(states: Tensor) -> Tensor:

@@ -173,7 +173,8 @@ def test_what_does_not_suit_is_refused(
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_a_block_at_work_is_elsewhere_and_comes_back(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_block_at_work_is_elsewhere_and_comes_back(depth: int, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a second device: what is sent there and back is watched, and changes nothing."""
     moves: list[tuple[str, str]] = []
 
@@ -185,10 +186,11 @@ def test_a_block_at_work_is_elsewhere_and_comes_back(models: Path, monkeypatch: 
             return self
 
     plain, moved = student(models), student(models)
-    run(plain)
+    run(plain, look_ahead=depth)
     base, _ = find_student(moved)
     block = type(base.model.layers[0])
     monkeypatch.setattr(block, "to", Elsewhere.to)
-    run(moved, device="cpu:0")  # not equal to "cpu", and the same
-    assert moves == [(block.__name__, "cpu:0"), (block.__name__, "cpu")] * 2
+    run(moved, device="cpu:0", look_ahead=depth)  # not equal to "cpu", and the same
+    there, back = (block.__name__, "cpu:0"), (block.__name__, "cpu")
+    assert moves == [*[there] * (1 + depth), *[back] * (1 + depth), there, back]  # nothing is behind the last
     assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), moved.parameters(), strict=True))
