@@ -22,7 +22,7 @@ import argparse
 import math
 import resource
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -43,12 +43,15 @@ STEP_TOKENS = 1024
 
 LEARNED = {"learn_zero_point": True}
 OURS, FINER_BLOCKS = BLOCK_RATES[2], BLOCK_RATES[3]
-# without an end-to-end stage, more and smaller steps are better
-SHORT = {**OURS, "seq_len": 64, "batch_size": 1, "factors": FEW_FACTORS}
+# many small steps: half of the tokens then bring a block as far as long windows in pairs do
+STEPS = {"seq_len": 64, "batch_size": 1}
+SHORT = {**OURS, **STEPS, "factors": FEW_FACTORS}
+BLOCKS = {**OURS, **STEPS, "look_ahead": 1}
+FINER = {**FINER_BLOCKS, **STEPS, "look_ahead": 1}
 STAGES = (("q_proj", "k_proj"), ("v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
 PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
 GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
-# half of the tokens end to end, in many small steps, with rates that move codes
+# most of the tokens end to end, in many small steps, with rates that move codes
 END_TO_END = {
     "loss_type": "cakld",
     **END_RATES[2],
@@ -86,52 +89,59 @@ ARMS = {
     "fast-half": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FACTORS}), share=0.125),
     "fast-weight-clip": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FACTORS, "objective": "weight"}), share=0.25),
     "fast-larger-steps": Arm(LEARNED, blockwise=(1.0, {**OURS, "factors": FEW_FACTORS}), share=0.25),
-    "balanced": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
+    "balanced": Arm(LEARNED, blockwise=(0.25, BLOCKS), training=END_TO_END),
     # five times the tokens; a row this long is what a processor does in half an hour
-    "max": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END, share=5.0),
+    "max": Arm(LEARNED, blockwise=(0.25, BLOCKS), training=END_TO_END, share=5.0),
     # a smaller file than that of 2 bits with embeddings in 16: no training, embeddings in 8 bits, all else in 4
     "same-size": Arm({**MIN_MAX, "bits": 4, "embedding_bits": 8}, clip=True, share=0.0),
-    # parts of ours taken away
-    "balanced-mse": Arm(LEARNED, blockwise=(0.5, {**OURS, "loss": "mse"}), training=END_TO_END),
-    "balanced-no-clip": Arm(LEARNED, blockwise=(0.5, {**OURS, "clip_search": False}), training=END_TO_END),
-    "balanced-fixed-zero-point": Arm({}, blockwise=(0.5, OURS), training=END_TO_END),
-    "balanced-gentle": Arm(LEARNED, blockwise=(0.8, OURS), training=GENTLE),  # what `balanced` was before
+    # what `balanced` was before, and before that
+    "balanced-half": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
     "balanced-few-factors": Arm(LEARNED, blockwise=(0.5, {**OURS, "factors": FEW_FACTORS}), training=END_TO_END),
     "balanced-larger-steps": Arm(LEARNED, blockwise=(0.5, OURS), training=LARGER_STEPS),
-    "balanced-hidden": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, "hidden_weight": 1.0}),
+    "balanced-gentle": Arm(LEARNED, blockwise=(0.8, OURS), training=GENTLE),
+    "balanced-rates-of-2-bits": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
+    # parts of ours taken away
+    "balanced-no-look-ahead": Arm(LEARNED, blockwise=(0.25, {**OURS, **STEPS}), training=END_TO_END),
+    "balanced-mse": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "loss": "mse"}), training=END_TO_END),
+    "balanced-no-clip": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "clip_search": False}), training=END_TO_END),
+    "balanced-fixed-zero-point": Arm({}, blockwise=(0.25, BLOCKS), training=END_TO_END),
     "balanced-end-to-end-only": Arm(LEARNED, clip=True, training=END_TO_END),
-    "balanced-blockwise-only": Arm(LEARNED, blockwise=(1.0, OURS)),
-    "balanced-forward-kl": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, "loss_type": "forward_kl"}),
+    "balanced-blockwise-only": Arm(LEARNED, blockwise=(1.0, BLOCKS)),
+    "balanced-forward-kl": Arm(LEARNED, blockwise=(0.25, BLOCKS), training={**END_TO_END, "loss_type": "forward_kl"}),
+    "balanced-no-awq": Arm(LEARNED, blockwise=(0.25, FINER), training=FINER_END),
     # parts added: stages and finer widths see the same windows again, each time anew
-    "balanced-staged": Arm(LEARNED, blockwise=(0.5, {**OURS, "stages": STAGES}), training=END_TO_END),
-    "balanced-soft": Arm(LEARNED, blockwise=(0.5, {**OURS, "rounding": "soft"}), training=END_TO_END),
-    "balanced-progressive": Arm(LEARNED, blockwise=(0.5, {**OURS, "progressive_bits": (4,)}), training=END_TO_END),
+    "balanced-three-ahead": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "look_ahead": 3}), training=END_TO_END),
+    "balanced-hidden": Arm(LEARNED, blockwise=(0.25, BLOCKS), training={**END_TO_END, "hidden_weight": 1.0}),
+    "balanced-staged": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "stages": STAGES}), training=END_TO_END),
+    "balanced-soft": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "rounding": "soft"}), training=END_TO_END),
+    "balanced-progressive": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "progressive_bits": (4,)}), training=END_TO_END),
     "balanced-rotated": Arm(
         LEARNED,
         method="awq",
         method_options={"rotate_heads": True, "alphas": (0.0,), "clip_search": False},
-        blockwise=(0.5, OURS),
+        blockwise=(0.25, BLOCKS),
         training=END_TO_END,
     ),
     "balanced-sinkhorn": Arm(
         {**LEARNED, "train_other": "norms"},
         method="awq",
         method_options={"scales": "sinkhorn", "clip_search": False},
-        blockwise=(0.5, OURS),
+        blockwise=(0.25, BLOCKS),
         training=END_TO_END,
     ),
-    "balanced-norms": Arm({**LEARNED, "train_other": "norms"}, blockwise=(0.5, OURS), training=END_TO_END),
-    "balanced-embedding8": Arm({**LEARNED, "embedding_bits": 8}, blockwise=(0.5, OURS), training=END_TO_END),
-    "balanced-embedding4": Arm({**LEARNED, "embedding_bits": 4}, blockwise=(0.5, OURS), training=END_TO_END),
-    "balanced-rates-of-2-bits": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
-    "balanced-awq": Arm(LEARNED, method="awq", blockwise=(0.5, OURS), training=END_TO_END),
-    "balanced-no-awq": Arm(LEARNED, blockwise=(0.5, FINER_BLOCKS), training=FINER_END),
+    "balanced-norms": Arm({**LEARNED, "train_other": "norms"}, blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced-embedding8": Arm({**LEARNED, "embedding_bits": 8}, blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced-embedding4": Arm({**LEARNED, "embedding_bits": 4}, blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced-awq": Arm(LEARNED, method="awq", blockwise=(0.25, BLOCKS), training=END_TO_END),
     # other people's packages, which have to be installed
     "autoround": Arm(peer="autoround"),
     "torchao-qat": Arm(peer="torchao", training={"learning_rate": 5e-5}),
 }
 OF_WIDTH = {  # in place of those above
-    3: {"balanced": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training=FINER_END)},
+    3: {
+        "balanced": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training=FINER_END),
+        "balanced-half": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training=FINER_END),
+    },
 }
 NOT_BY_DEFAULT = tuple(
     name for name, arm in ARMS.items() if arm.peer or name == "max" or name.startswith(("balanced-", "fast-"))
@@ -224,8 +234,13 @@ EFFICIENT = ("efficientqat", "efficientqat-lr5e-3")
 
 
 def figures(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The figures asked for, as far as their rows are there: at each width, of the means over the seeds."""
+    """The figures asked for, as far as their rows are there: at each width, of the means over the seeds.
+
+    Of rows of several budgets, those of the commonest; of a row that was run twice, with tasks and without, the later.
+    """
     found: dict[str, Any] = {}
+    budget = Counter(row.get("budget") for row in rows).most_common(1)[0][0]
+    rows = list({(r["bits"], r["row"], r["seed"]): r for r in rows if r.get("budget") == budget}.values())
     for bits in sorted({row["bits"] for row in rows}):
         mine = [row for row in rows if row["bits"] == bits]
         corpora = [key for key in mine[0] if key.startswith("ppl_")]

@@ -8,14 +8,12 @@ from typing import Any
 
 from bitdistiller_peft.recipes.base import Recipe, register_recipe
 
-WINDOWS = {"fast": 120, "balanced": 480, "max": 4096}
-LENGTHS = {"fast": 64, "balanced": 128, "max": 128}
-BATCHES = {"fast": 1, "balanced": 2, "max": 2}
+WINDOWS = {"fast": 120, "balanced": 480, "max": 2400}
+LENGTH, BATCH = 64, 1
 BLOCK_RATES = {
     2: {"learning_rate": 1.5e-2, "scale_learning_rate": 1e-2},
     3: {"learning_rate": 5e-3, "scale_learning_rate": 3e-3},
 }
-MANY_TOKENS = {"learning_rate": 5e-3, "scale_learning_rate": 5e-3}
 # at 3 bits levels lie half as far apart, and the rates of 2 bits undo what the blocks have learned
 END_RATES = {
     2: {"learning_rate": 3e-4, "scale_learning_rate": 3e-4, "zero_point_learning_rate": 5e-3},
@@ -24,48 +22,44 @@ END_RATES = {
 # 16 candidates for a range, in place of 100, which take longer than the training of `fast`
 FEW_FACTORS = (1.0, 0.85, 0.7, 0.55)
 SCALING = {"method": "awq", "num_samples": 16, "seq_len": 512}
-# as many tokens as block by block, one short text a step: where tokens are few, more steps are better than larger ones
-SMALL_STEPS = {
-    "warmup_steps": 96,
-    "max_steps": 480,
-    "max_length": 128,
-    "per_device_train_batch_size": 1,
-}
-END_TO_END: dict[str, dict[str, Any]] = {
-    "fast": {},
-    "balanced": SMALL_STEPS,
-    "max": {"learning_rate": 1e-5, "warmup_steps": 50, "max_steps": 400, "max_length": 512},
-}
+# three times the tokens of the blocks, one short text a step: with few tokens, more steps are better than larger ones
+STEPS = {"balanced": 720, "max": 3600}
+STEP = {"max_length": 128, "per_device_train_batch_size": 1}
 TRAINING = {"loss_type": "cakld", "lr_scheduler_type": "cosine", "packing": True}
 
 
 def best(preset: str, given: Mapping[str, Any], *, bits: int) -> Recipe:
-    """Spend tokens block by block, on many short windows; then as many end to end.
+    """Spend a quarter of the tokens block by block, on many short windows; then the others end to end.
 
-    `fast` has no end-to-end stage, and takes more and smaller steps. Short windows: a decoder leans on the first token
-    of a window, so many different first tokens matter more than long contexts. At 3 bits, inputs are scaled first
-    (AWQ), which makes no difference at 2.
+    `fast` has no end-to-end stage and does not look ahead. Short windows: a decoder leans on the first token of a
+    window, so many different first tokens matter more than long contexts. At 3 bits, inputs are scaled first (AWQ),
+    which makes no difference at 2.
     """
     width = 2 if given.get("bits", bits) == 2 else 3
-    training = {**TRAINING, **(END_RATES[width] if preset == "balanced" else {}), **END_TO_END[preset]}
+    is_fast = preset == "fast"
+    training = {} if is_fast else _training(STEPS[preset], width)
     blockwise = {
         "method": "blockwise",
         "num_samples": WINDOWS[preset],
-        "seq_len": LENGTHS[preset],
-        "batch_size": BATCHES[preset],
+        "seq_len": LENGTH,
+        "batch_size": BATCH,
         "epochs": 1,
-        **(MANY_TOKENS if preset == "max" else BLOCK_RATES[width]),
-        **({"factors": FEW_FACTORS} if preset == "fast" else {}),
+        **BLOCK_RATES[width],
+        **({"factors": FEW_FACTORS} if is_fast else {"look_ahead": 1}),
     }
-    is_scaled = width > 2 and preset != "fast"
+    is_scaled = width > 2 and not is_fast
     return Recipe(
         f"best-{bits}bit",
-        stages=("generate", "calibrate", "distill") if END_TO_END[preset] else ("calibrate",),
+        stages=("calibrate",) if is_fast else ("generate", "calibrate", "distill"),
         model={"bits": bits, "grid": "int", "group_size": 64, "learn_zero_point": True},
         calibration=(SCALING, blockwise) if is_scaled else (blockwise,),
         data={"temperature": 0.7, "max_new_tokens": 128},
-        training=training if END_TO_END[preset] else {},
+        training=training,
     )
+
+
+def _training(steps: int, width: int) -> dict[str, Any]:
+    return {**TRAINING, **END_RATES[width], **STEP, "max_steps": steps, "warmup_steps": steps // 5}
 
 
 for _bits in (2, 3):

@@ -70,6 +70,8 @@ def test_figures_compare_the_rows_they_name() -> None:
     ]
     rows += [{**rows[2], "seed": 1, "ppl_wiki": 400.0}, {**rows[2], "seed": 2, "ppl_wiki": 25.0}]
     rows += [{**rows[1], "row": "bitdistiller-lr2e-4", "ppl_wiki": 200.0}, {**rows[0], "bits": 3}]
+    # one run of a row counts once, and one of more tokens not at all
+    rows += [{**rows[2], "ppl_wiki": 1e6}, rows[2], {**rows[2], "budget": 9, "ppl_wiki": 1e6, "seed": 3}]
     found = quality.figures(rows)
     assert found["2bit_share_of_gap_closed"]["value"] == pytest.approx(0.5)
     assert found["2bit_against_efficientqat"]["value"] == pytest.approx(100 / 90)

@@ -66,6 +66,19 @@ def test_three_bits_are_trained_more_gently_than_two_and_scaled_first() -> None:
         assert recipe.training.keys() == two.training.keys()
 
 
+@pytest.mark.parametrize("preset", ["balanced", "max"])
+def test_three_quarters_of_the_tokens_are_spent_end_to_end(preset: str) -> None:
+    recipe = get_recipe("best-2bit", preset)
+    blocks, training = recipe.calibration[-1], recipe.training
+    of_blocks = blocks["num_samples"] * blocks["seq_len"] * blocks["epochs"]
+    assert training["max_steps"] * training["max_length"] * training["per_device_train_batch_size"] == 3 * of_blocks
+    fast = get_recipe("best-2bit", "fast")
+    assert (fast.stages, fast.training) == (("calibrate",), {})
+    assert fast.calibration[-1]["num_samples"] * fast.calibration[-1]["seq_len"] == of_blocks // (
+        4 if preset == "balanced" else 20
+    )
+
+
 def test_an_override_goes_where_its_name_belongs(tmp_path: Path) -> None:
     recipe = get_recipe("r2q", group_size=64, learning_rate=1e-3, loss_type="cakld")
     assert recipe.model["group_size"] == 64
