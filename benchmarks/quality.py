@@ -53,14 +53,22 @@ PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
 GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
 # most of the tokens end to end, in many small steps, with rates that move codes
 END_TO_END = {
-    "loss_type": "cakld",
+    "loss_type": "forward_kl",
     **END_RATES[2],
     "warmup_ratio": 0.2,
     "seq_len": 128,
     "step_tokens": 128,
 }
 FINER_END = {**END_TO_END, **END_RATES[3]}
-LARGER_STEPS = {**END_TO_END, "learning_rate": 5e-4, "scale_learning_rate": 5e-4, "seq_len": 512, "step_tokens": 512}
+CAKLD = {"loss_type": "cakld"}
+LARGER_STEPS = {
+    **END_TO_END,
+    **CAKLD,
+    "learning_rate": 5e-4,
+    "scale_learning_rate": 5e-4,
+    "seq_len": 512,
+    "step_tokens": 512,
+}
 
 ARMS = {
     "rtn": Arm(MIN_MAX, share=0.0),
@@ -95,11 +103,13 @@ ARMS = {
     # a smaller file than that of 2 bits with embeddings in 16: no training, embeddings in 8 bits, all else in 4
     "same-size": Arm({**MIN_MAX, "bits": 4, "embedding_bits": 8}, clip=True, share=0.0),
     # what `balanced` was before, and before that
-    "balanced-half": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
-    "balanced-few-factors": Arm(LEARNED, blockwise=(0.5, {**OURS, "factors": FEW_FACTORS}), training=END_TO_END),
+    "balanced-half": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, **CAKLD}),
+    "balanced-few-factors": Arm(
+        LEARNED, blockwise=(0.5, {**OURS, "factors": FEW_FACTORS}), training={**END_TO_END, **CAKLD}
+    ),
     "balanced-larger-steps": Arm(LEARNED, blockwise=(0.5, OURS), training=LARGER_STEPS),
     "balanced-gentle": Arm(LEARNED, blockwise=(0.8, OURS), training=GENTLE),
-    "balanced-rates-of-2-bits": Arm(LEARNED, blockwise=(0.5, OURS), training=END_TO_END),
+    "balanced-rates-of-2-bits": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, **CAKLD}),
     # parts of ours taken away
     "balanced-no-look-ahead": Arm(LEARNED, blockwise=(0.25, {**OURS, **STEPS}), training=END_TO_END),
     "balanced-mse": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "loss": "mse"}), training=END_TO_END),
@@ -107,7 +117,7 @@ ARMS = {
     "balanced-fixed-zero-point": Arm({}, blockwise=(0.25, BLOCKS), training=END_TO_END),
     "balanced-end-to-end-only": Arm(LEARNED, clip=True, training=END_TO_END),
     "balanced-blockwise-only": Arm(LEARNED, blockwise=(1.0, BLOCKS)),
-    "balanced-forward-kl": Arm(LEARNED, blockwise=(0.25, BLOCKS), training={**END_TO_END, "loss_type": "forward_kl"}),
+    "balanced-cakld": Arm(LEARNED, blockwise=(0.25, BLOCKS), training={**END_TO_END, **CAKLD}),
     "balanced-no-awq": Arm(LEARNED, blockwise=(0.25, FINER), training=FINER_END),
     # parts added: stages and finer widths see the same windows again, each time anew
     "balanced-three-ahead": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "look_ahead": 3}), training=END_TO_END),
@@ -140,7 +150,8 @@ ARMS = {
 OF_WIDTH = {  # in place of those above
     3: {
         "balanced": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training=FINER_END),
-        "balanced-half": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training=FINER_END),
+        "balanced-half": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training={**FINER_END, **CAKLD}),
+        "balanced-cakld": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training={**FINER_END, **CAKLD}),
     },
 }
 NOT_BY_DEFAULT = tuple(
