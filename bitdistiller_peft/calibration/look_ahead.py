@@ -4,7 +4,7 @@ A block's own output weighs every direction of the hidden states alike; the bloc
 target on through one of them, and comparing again there, tells errors that matter from errors that do not, at the price
 of a forward and a backward pass through frozen blocks.
 
-Source: related to CBQ (arXiv 2312.07950), section 3.2, which trains neighbouring blocks together; here one block is
+Source: related to CBQ (arXiv 2312.07950), which trains neighbouring blocks together; here one block is
 trained, and those behind it are in full precision and stay as they are.
 """
 
