@@ -101,7 +101,7 @@ ARMS = {
     # five times the tokens; a row this long is what a processor does in half an hour
     "max": Arm(LEARNED, blockwise=(0.25, BLOCKS), training=END_TO_END, share=5.0),
     # a smaller file than that of 2 bits with embeddings in 16: no training, embeddings in 8 bits, all else in 4
-    "same-size": Arm({**MIN_MAX, "bits": 4, "embedding_bits": 8}, clip=True, share=0.0),
+    "same-size": Arm({**MIN_MAX, "bits": 4, "grid": "int_sym", "embedding_bits": 8}, clip=True, share=0.0),
     # what `balanced` was before, and before that
     "balanced-half": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, **CAKLD}),
     "balanced-few-factors": Arm(
