@@ -3,8 +3,9 @@
 Only the block at work is trained, so what it needs beside the model does not grow with the number of blocks: random
 stacks of two and of more blocks are calibrated, each in a process of its own, and the high-water mark of the process
 while `calibrate` runs is compared with what it held before. What a GPU must hold is then the block at work and the one
-that is looked ahead to, students included, and that difference; with `device="cuda"` all others and the hidden states of
-the text stay in main memory. Figures for a whole 7B model are added up from those of one block, and say so in their names.
+that is looked ahead to, students included, and that difference; with `device="cuda"` all others and the hidden states
+of the text stay in main memory. Figures for a whole 7B model are added up from those of one block, and say so in their
+names.
 
     python -m benchmarks.block_stack
     python -m benchmarks.block_stack --device cuda      # the block at work on a GPU; its allocator's peak is reported
