@@ -51,19 +51,24 @@ inline void store(const Products& call, int64_t token, int64_t row, int32_t sum)
     call.sums[token * call.stream->rows + row] = sum - call.totals[token];
 }
 
-// Strips as many at a time as stay in the cache, a few tokens at a time.
+// Some strips, a few tokens at a time.
+template <typename Some, typename One>
+inline void each_token(const Products& call, int64_t begin, int64_t end, Some some, One one) {
+    int64_t token = 0;
+    for (; token + 4 <= call.tokens; token += 4) {
+        for (int64_t strip = begin; strip < end; ++strip) some(strip, token);
+    }
+    for (; token < call.tokens; ++token) {
+        for (int64_t strip = begin; strip < end; ++strip) one(strip, token);
+    }
+}
+
+// Strips as many at a time as stay in the cache.
 template <typename Some, typename One>
 inline void each_tile(const Products& call, int64_t first, int64_t last, Some some, One one) {
     const int64_t together = std::max<int64_t>(1, kCacheBytes / call.stream->strip_bytes);
     for (int64_t begin = first; begin < last; begin += together) {
-        const int64_t end = std::min(last, begin + together);
-        int64_t token = 0;
-        for (; token + 4 <= call.tokens; token += 4) {
-            for (int64_t strip = begin; strip < end; ++strip) some(strip, token);
-        }
-        for (; token < call.tokens; ++token) {
-            for (int64_t strip = begin; strip < end; ++strip) one(strip, token);
-        }
+        each_token(call, begin, std::min(last, begin + together), some, one);
     }
 }
 
@@ -173,6 +178,13 @@ BD_INLINE BD_VNNI void add_products(__m512i& sum, __m512i codes, __m512i inputs)
     asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(codes), "v"(inputs));
 }
 
+// The codes of a unit that is in no whole pack of its row, in 16 bits each.
+BD_INLINE BD_VNNI __m512i codes_of_rest(const BdStream& s, const uint8_t* codes, int row, int64_t unit) {
+    const portable::Place place = portable::place_of(s.units, 2, row, unit);
+    const __m512i packed = _mm512_loadu_si512(codes + place.offset);
+    return _mm512_and_si512(_mm512_srl_epi16(packed, _mm_cvtsi32_si128(2 * place.unit)), _mm512_set1_epi16(3));
+}
+
 // Stores the sums of a strip's rows for one token, of which each vector has a row's.
 BD_VNNI inline void store_rows(const Products& call, int64_t token, int64_t strip, __m512i a, __m512i b, __m512i c,
                                __m512i d) {
@@ -219,10 +231,7 @@ BD_VNNI void strip_of_512(const Products& call, int64_t strip, int64_t token) {
     }
     for (int64_t unit = blocks * kUnits; unit < s.units; ++unit) {
         for (int r = 0; r < kRows; ++r) {
-            const portable::Place place = portable::place_of(s.units, 2, r, unit);
-            const __m512i shifted = _mm512_srl_epi16(_mm512_loadu_si512(codes + place.offset),
-                                                     _mm_cvtsi32_si128(2 * place.unit));
-            const __m512i code = _mm512_and_si512(shifted, _mm512_set1_epi16(3));
+            const __m512i code = codes_of_rest(s, codes, r, unit);
             for (int t = 0; t < TOK; ++t) {
                 const int8_t* part = x + t * call.stride + unit * kUnit;
                 const __m512i wide = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(part)));
@@ -255,10 +264,7 @@ BD_VNNI inline void unpack(const BdStream& s, const uint8_t* codes, uint8_t* out
     for (int64_t unit = blocks * kUnits; unit < s.units; ++unit) {
         const int64_t at = unit - blocks * kUnits, chunk = blocks * 4 + at / 2;
         for (int r = 0; r < kRows; ++r) {
-            const portable::Place place = portable::place_of(s.units, 2, r, unit);
-            const __m512i shifted = _mm512_srl_epi16(_mm512_loadu_si512(codes + place.offset),
-                                                     _mm_cvtsi32_si128(2 * place.unit));
-            const __m256i code = _mm512_cvtepi16_epi8(_mm512_and_si512(shifted, _mm512_set1_epi16(3)));
+            const __m256i code = _mm512_cvtepi16_epi8(codes_of_rest(s, codes, r, unit));
             _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + (chunk * kRows + r) * 64 + at % 2 * kUnit), code);
         }
     }
@@ -292,20 +298,13 @@ inline bool unpacked_tiles(const Products& call, int64_t first, int64_t last) {
     if (!codes) return false;
     for (int64_t begin = first; begin < last; begin += together) {
         const int64_t end = std::min(last, begin + together);
+        const auto place = [&](int64_t strip) { return codes.get() + (strip - begin) * size; };
         for (int64_t strip = begin; strip < end; ++strip) {
-            unpack(s, call.data + strip * s.strip_bytes + s.param_bytes, codes.get() + (strip - begin) * size);
+            unpack(s, call.data + strip * s.strip_bytes + s.param_bytes, place(strip));
         }
-        int64_t token = 0;
-        for (; token + 4 <= call.tokens; token += 4) {
-            for (int64_t strip = begin; strip < end; ++strip) {
-                unpacked_strip<4>(call, codes.get() + (strip - begin) * size, strip, token);
-            }
-        }
-        for (; token < call.tokens; ++token) {
-            for (int64_t strip = begin; strip < end; ++strip) {
-                unpacked_strip<1>(call, codes.get() + (strip - begin) * size, strip, token);
-            }
-        }
+        each_token(call, begin, end,
+                   [&](int64_t strip, int64_t token) { unpacked_strip<4>(call, place(strip), strip, token); },
+                   [&](int64_t strip, int64_t token) { unpacked_strip<1>(call, place(strip), strip, token); });
     }
     return true;
 }
