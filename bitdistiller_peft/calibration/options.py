@@ -109,7 +109,7 @@ class BlockwiseOptions(ClipOptions):
         loss: `"normalized"` compares outputs after each token's root mean square is divided out, as the norm that reads
             them does; `"mse"` as they are, where the few tokens with huge activations outweigh all others.
         look_ahead: compare once more behind this many of the blocks that follow, in full precision: what they make of
-            the output tells errors that matter from those that do not. Each costs about a third of a block's time.
+            the output tells errors that matter from those that do not. Each adds a pass through a block to every step.
         clip_search: start each block from the clip search; else from the student as it is.
         clip_tokens: tokens of the samples, evenly spread, that the clip search looks at.
         warmup: share of the steps with a rising learning rate; a cosine to zero follows.
