@@ -42,6 +42,7 @@ KL_CHUNKS = 10
 STEP_TOKENS = 1024
 
 LEARNED = {"learn_zero_point": True}
+FINE = {**LEARNED, "grid": "int_fine"}
 OURS, FINER_BLOCKS = BLOCK_RATES[2], BLOCK_RATES[3]
 # many small steps: half of the tokens then bring a block as far as long windows in pairs do
 STEPS = {"seq_len": 64, "batch_size": 1}
@@ -90,18 +91,24 @@ ARMS = {
         blockwise=(0.75, {**PUBLISHED_BLOCK, "learning_rate": 5e-3, "scale_learning_rate": 2e-3}),
         training={"loss_type": "ce", "learning_rate": 0.0, "scale_learning_rate": 2e-5},
     ),
-    "fast": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.125),
+    "fast": Arm(FINE, blockwise=(1.0, SHORT), share=0.125),
     "fast-half-more": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.1875),
     "fast-more": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.25),
     "fast-all-factors": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FACTORS}), share=0.25),
     "fast-half": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FACTORS}), share=0.125),
     "fast-weight-clip": Arm(LEARNED, blockwise=(1.0, {**SHORT, "factors": FACTORS, "objective": "weight"}), share=0.25),
     "fast-larger-steps": Arm(LEARNED, blockwise=(1.0, {**OURS, "factors": FEW_FACTORS}), share=0.25),
-    "balanced": Arm(LEARNED, blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced": Arm(FINE, blockwise=(0.25, BLOCKS), training=END_TO_END),
     # five times the tokens; a row this long is what a processor does in half an hour
-    "max": Arm(LEARNED, blockwise=(0.25, BLOCKS), training=END_TO_END, share=5.0),
+    "max": Arm(FINE, blockwise=(0.25, BLOCKS), training=END_TO_END, share=5.0),
     # a smaller file than that of 2 bits with embeddings in 16: no training, embeddings in 8 bits, all else in 4
     "same-size": Arm({**MIN_MAX, "bits": 4, "grid": "int_sym", "embedding_bits": 8}, clip=True, share=0.0),
+    # a clip search on the grid of ours
+    "clip-fine": Arm({**MIN_MAX, "grid": "int_fine"}, clip=True, share=0.0),
+    # ours on the grid of the others
+    "fast-int": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.125),
+    "balanced-int": Arm(LEARNED, blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced-int-cakld": Arm(LEARNED, blockwise=(0.25, BLOCKS), training={**END_TO_END, **CAKLD}),
     # what `balanced` was before, and before that
     "balanced-half": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, **CAKLD}),
     "balanced-few-factors": Arm(
@@ -111,47 +118,49 @@ ARMS = {
     "balanced-gentle": Arm(LEARNED, blockwise=(0.8, OURS), training=GENTLE),
     "balanced-rates-of-2-bits": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, **CAKLD}),
     # parts of ours taken away
-    "balanced-no-look-ahead": Arm(LEARNED, blockwise=(0.25, {**OURS, **STEPS}), training=END_TO_END),
-    "balanced-mse": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "loss": "mse"}), training=END_TO_END),
-    "balanced-no-clip": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "clip_search": False}), training=END_TO_END),
-    "balanced-fixed-zero-point": Arm({}, blockwise=(0.25, BLOCKS), training=END_TO_END),
-    "balanced-end-to-end-only": Arm(LEARNED, clip=True, training=END_TO_END),
-    "balanced-blockwise-only": Arm(LEARNED, blockwise=(1.0, BLOCKS)),
-    "balanced-cakld": Arm(LEARNED, blockwise=(0.25, BLOCKS), training={**END_TO_END, **CAKLD}),
-    "balanced-no-awq": Arm(LEARNED, blockwise=(0.25, FINER), training=FINER_END),
+    "balanced-no-look-ahead": Arm(FINE, blockwise=(0.25, {**OURS, **STEPS}), training=END_TO_END),
+    "balanced-mse": Arm(FINE, blockwise=(0.25, {**BLOCKS, "loss": "mse"}), training=END_TO_END),
+    "balanced-no-clip": Arm(FINE, blockwise=(0.25, {**BLOCKS, "clip_search": False}), training=END_TO_END),
+    "balanced-fixed-zero-point": Arm({"grid": "int_fine"}, blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced-end-to-end-only": Arm(FINE, clip=True, training=END_TO_END),
+    "balanced-blockwise-only": Arm(FINE, blockwise=(1.0, BLOCKS)),
+    "balanced-cakld": Arm(FINE, blockwise=(0.25, BLOCKS), training={**END_TO_END, **CAKLD}),
+    "balanced-no-awq": Arm(FINE, blockwise=(0.25, FINER), training=FINER_END),
     # parts added: stages and finer widths see the same windows again, each time anew
-    "balanced-three-ahead": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "look_ahead": 3}), training=END_TO_END),
-    "balanced-hidden": Arm(LEARNED, blockwise=(0.25, BLOCKS), training={**END_TO_END, "hidden_weight": 1.0}),
-    "balanced-staged": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "stages": STAGES}), training=END_TO_END),
-    "balanced-soft": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "rounding": "soft"}), training=END_TO_END),
-    "balanced-progressive": Arm(LEARNED, blockwise=(0.25, {**BLOCKS, "progressive_bits": (4,)}), training=END_TO_END),
+    "balanced-three-ahead": Arm(FINE, blockwise=(0.25, {**BLOCKS, "look_ahead": 3}), training=END_TO_END),
+    "balanced-hidden": Arm(FINE, blockwise=(0.25, BLOCKS), training={**END_TO_END, "hidden_weight": 1.0}),
+    "balanced-staged": Arm(FINE, blockwise=(0.25, {**BLOCKS, "stages": STAGES}), training=END_TO_END),
+    "balanced-soft": Arm(FINE, blockwise=(0.25, {**BLOCKS, "rounding": "soft"}), training=END_TO_END),
+    "balanced-progressive": Arm(FINE, blockwise=(0.25, {**BLOCKS, "progressive_bits": (4,)}), training=END_TO_END),
     "balanced-rotated": Arm(
-        LEARNED,
+        FINE,
         method="awq",
         method_options={"rotate_heads": True, "alphas": (0.0,), "clip_search": False},
         blockwise=(0.25, BLOCKS),
         training=END_TO_END,
     ),
     "balanced-sinkhorn": Arm(
-        {**LEARNED, "train_other": "norms"},
+        {**FINE, "train_other": "norms"},
         method="awq",
         method_options={"scales": "sinkhorn", "clip_search": False},
         blockwise=(0.25, BLOCKS),
         training=END_TO_END,
     ),
-    "balanced-norms": Arm({**LEARNED, "train_other": "norms"}, blockwise=(0.25, BLOCKS), training=END_TO_END),
-    "balanced-embedding8": Arm({**LEARNED, "embedding_bits": 8}, blockwise=(0.25, BLOCKS), training=END_TO_END),
-    "balanced-embedding4": Arm({**LEARNED, "embedding_bits": 4}, blockwise=(0.25, BLOCKS), training=END_TO_END),
-    "balanced-awq": Arm(LEARNED, method="awq", blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced-norms": Arm({**FINE, "train_other": "norms"}, blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced-embedding8": Arm({**FINE, "embedding_bits": 8}, blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced-embedding4": Arm({**FINE, "embedding_bits": 4}, blockwise=(0.25, BLOCKS), training=END_TO_END),
+    "balanced-awq": Arm(FINE, method="awq", blockwise=(0.25, BLOCKS), training=END_TO_END),
     # other people's packages, which have to be installed
     "autoround": Arm(peer="autoround"),
     "torchao-qat": Arm(peer="torchao", training={"learning_rate": 5e-5}),
 }
 OF_WIDTH = {  # in place of those above
     3: {
-        "balanced": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training=FINER_END),
+        "balanced": Arm(FINE, method="awq", blockwise=(0.25, FINER), training=FINER_END),
+        "balanced-int": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training=FINER_END),
         "balanced-half": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training={**FINER_END, **CAKLD}),
-        "balanced-cakld": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training={**FINER_END, **CAKLD}),
+        "balanced-cakld": Arm(FINE, method="awq", blockwise=(0.25, FINER), training={**FINER_END, **CAKLD}),
+        "balanced-int-cakld": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training={**FINER_END, **CAKLD}),
     },
 }
 NOT_BY_DEFAULT = tuple(

@@ -46,7 +46,7 @@ FACTORS: dict[str, tuple[Any, ...]] = {
 }
 RULES: Rules = {
     ("grid", "bits"): lambda grid, bits: bits in WIDTHS[grid],
-    ("grid", "learn"): lambda grid, learn: "zero" not in learn or grid == "int",
+    ("grid", "learn"): lambda grid, learn: "zero" not in learn or grid in ("int", "int_fine"),
     ("grid", "packing"): lambda grid, packing: packing == "bitstream" or grid == "ternary",
     # what follows from these
     ("bits", "packing"): lambda bits, packing: packing == "bitstream" or bits == 2,

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from bitdistiller_peft.calibration.slots import Slot
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.grids import AffineGrid
+from bitdistiller_peft.grids import AffineGrid, FineGrid
 from bitdistiller_peft.layers import SCALE, ZERO_POINT, companion, packed_params, quantized
-from bitdistiller_peft.quantizers import dequantize, store_learned_params, to_groups
+from bitdistiller_peft.quantizers import dequantize, store_learned_params, to_groups, zero_of
 
 COLDEST = 0.02
 EDGE = 0.01  # a share of 0 or 1 would have no finite logit
@@ -34,9 +34,9 @@ def check_soft(slots: Sequence[Slot]) -> None:
         ConfigError: there is one; it is named.
     """
     for slot in slots:
-        if not isinstance(slot.spec.grid, AffineGrid) or not slot.has_learned_scale:
+        if not isinstance(slot.spec.grid, (AffineGrid, FineGrid)) or not slot.has_learned_scale:
             raise ConfigError(
-                f"`rounding` must be 'ste' unless grid is 'int' or 'int_sym' with learn_scale=True: layer "
+                f"`rounding` must be 'ste' unless grid is 'int', 'int_sym' or 'int_fine' with learn_scale=True: layer "
                 f"{slot.layer_name!r} has grid={slot.spec.grid.name!r}, learn_scale={slot.has_learned_scale}."
             )
 
@@ -86,7 +86,8 @@ class _SoftWeight:
         self.student, self.shape = slot.student, slot.weight.shape
         _, params = quantized(slot.student, "weight")
         grid: Any = slot.spec.grid
-        zero = grid.fixed_zero_point if params.zero_point is None else params.zero_point.float().unsqueeze(-1)
+        self.grid = grid
+        zero = grid.fixed_zero_point if params.zero_point is None else zero_of(params.zero_point, grid).unsqueeze(-1)
         place = to_groups(slot.weight.float(), slot.spec.group_size) / params.scale.float().unsqueeze(-1) + zero
         self.fixed = None if params.zero_point is not None else float(grid.fixed_zero_point)
         self.low = place.floor().clamp(0, grid.max_code - 1)
@@ -98,7 +99,7 @@ class _SoftWeight:
         offset: Any = self.fixed
         if zero is not None:
             whole = zero.float() + (zero.float().round() - zero.float()).detach()  # straight through
-            offset = whole.unsqueeze(-1)
+            offset = zero_of(whole, self.grid).unsqueeze(-1)
         codes = self.low + torch.sigmoid(self.logit / temperature)
         return (scale.unsqueeze(-1) * (codes - offset)).reshape(self.shape)  # type: ignore[union-attr]
 

@@ -29,10 +29,10 @@ QUANT = Section(
     (
         Option("bits", "int", "code width: 2, 3, 4, or 8 for the integer grids", 2),
         Option("group_size", "any", "weights per scale; -1: one per output row, 'tensor': one per matrix", 128),
-        Option("grid", "text", "what codes stand for: int, int_sym, nf, nf_sym, ...", "int"),
+        Option("grid", "text", "what codes stand for: int, int_fine, int_sym, nf, nf_sym, ...", "int"),
         Option("scale_dtype", "text", "storage dtype of the scales", "float16", ("float16", "bfloat16", "float32")),
         Option("learn_scale", "bool", "train the scales too", True),
-        Option("learn_zero_point", "bool", "train the zero points too (grid int)", False),
+        Option("learn_zero_point", "bool", "train the zero points too (grids int, int_fine)", False),
     ),
     quant_options,
 )

@@ -1,6 +1,6 @@
 """WHAT a code stands for: grids and their registry. Pure Python, no torch."""
 
-from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid
+from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, FineGrid, Grid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.grids.minifloat import minifloat_levels
 from bitdistiller_peft.grids.normal_float import PUBLISHED_NF4, normal_float_levels
 from bitdistiller_peft.grids.registry import get_grid, grid_names, register_grid
@@ -9,6 +9,7 @@ __all__ = [
     "PUBLISHED_NF4",
     "AffineGrid",
     "CodebookGrid",
+    "FineGrid",
     "Grid",
     "ResidualGrid",
     "TernaryGrid",

@@ -1,4 +1,4 @@
-"""What a code stands for: the two families of grids that a quantizer can place on a group of weights."""
+"""What a code stands for: the families of grids that a quantizer can place on a group of weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Grid:
 
     @property
     def has_zero_point(self) -> bool:
-        """Whether every group stores its own integer zero point."""
+        """Whether every group stores a zero point of its own."""
         return False
 
     @property
@@ -63,6 +63,35 @@ class AffineGrid(Grid):
     def has_zero_point(self) -> bool:
         """Whether every group stores its own integer zero point."""
         return not self.is_symmetric
+
+
+@dataclass(frozen=True)
+class FineGrid(Grid):
+    """Evenly spaced levels around zero points in quarter steps: ``weight = scale * (code - zero)``.
+
+    A group stores one of ``2**bits`` zero points, ``zero = first_zero + zero_step * code``, about the middle of the
+    codes: as many bits as an integer zero point takes.
+    """
+
+    @property
+    def max_code(self) -> int:
+        """Largest code, inclusive, of weights and of zero points."""
+        return self.num_levels - 1
+
+    @property
+    def zero_step(self) -> float:
+        """Distance of neighbouring zero points, in code steps."""
+        return 0.25
+
+    @property
+    def first_zero(self) -> float:
+        """The zero point of code 0, in code steps; a multiple of 1/8."""
+        return self.max_code * (1 - self.zero_step) / 2
+
+    @property
+    def has_zero_point(self) -> bool:
+        """Whether every group stores its own zero point."""
+        return True
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from functools import partial
 
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid
+from bitdistiller_peft.grids.base import AffineGrid, CodebookGrid, FineGrid, Grid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.grids.minifloat import EXPONENT_BITS, minifloat_levels
 from bitdistiller_peft.grids.normal_float import PUBLISHED_NF4, normal_float_levels
 from bitdistiller_peft.registry import add_new, look_up
@@ -69,6 +69,11 @@ def _affine(bits: int, *, name: str, is_symmetric: bool) -> Grid:
     return AffineGrid(name, bits, is_symmetric=is_symmetric)
 
 
+def _fine(bits: int) -> Grid:
+    _check_bits("int_fine", bits, (2, 3, 4, 8))
+    return FineGrid("int_fine", bits)
+
+
 def _normal_float(bits: int, *, name: str, is_symmetric: bool) -> Grid:
     _check_bits(name, bits, (2, 3, 4))
     return CodebookGrid(name, bits, levels=normal_float_levels(bits), is_symmetric=is_symmetric)
@@ -99,6 +104,7 @@ for _suffix, _symmetric in (("", False), ("_sym", True)):
     register_grid(f"int{_suffix}", partial(_affine, name=f"int{_suffix}", is_symmetric=_symmetric))
     register_grid(f"nf{_suffix}", partial(_normal_float, name=f"nf{_suffix}", is_symmetric=_symmetric))
     register_grid(f"fp{_suffix}", partial(_minifloat, name=f"fp{_suffix}", is_symmetric=_symmetric))
+register_grid("int_fine", _fine)
 register_grid("nf4", _published_nf4)
 register_grid("ternary", _ternary)
 register_grid("r2q", _residual)

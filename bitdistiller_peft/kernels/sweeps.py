@@ -12,17 +12,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.grids import AffineGrid, CodebookGrid
-from bitdistiller_peft.quantizers import Extremes, Gradients, Quantizer, QuantParams, QuantSpec, Sweeps
+from bitdistiller_peft.grids import AffineGrid, CodebookGrid, FineGrid
+from bitdistiller_peft.quantizers import Extremes, Gradients, Quantizer, QuantParams, QuantSpec, Sweeps, zero_of
 from bitdistiller_peft.quantizers.affine import AffineQuantizer
 from bitdistiller_peft.quantizers.codebook import ROUNDING, CodebookQuantizer
+from bitdistiller_peft.quantizers.fine import FineQuantizer
 from bitdistiller_peft.quantizers.residual import ResidualQuantizer
 from bitdistiller_peft.quantizers.ternary import TernaryQuantizer
 
 MAX_LEVELS = 16
 LONGEST_RUN = 1 << 14  # longer groups are cut, so that threads can share one and its sums stay short
 SHORTEST_RUN = 1 << 8
-AFFINE, CODEBOOK, RESIDUAL = range(3)
+AFFINE, CODEBOOK, RESIDUAL, FINE = range(4)
+ZERO_POINTS = (AFFINE, FINE)
 
 
 class Job(NamedTuple):
@@ -33,11 +35,11 @@ class Job(NamedTuple):
         runs: how many.
         size: weights in one.
         per_group: runs in a group.
-        family: `AFFINE`, `CODEBOOK` or `RESIDUAL`.
+        family: `AFFINE`, `CODEBOOK`, `RESIDUAL` or `FINE`.
         scale: fp32, one per group.
-        second: zero points, negative or residual scales, fp32, one per group; or `None`.
+        second: zero points in code steps, negative or residual scales, fp32, one per group; or `None`.
         num_levels: codes in use.
-        max_code: of an affine grid.
+        max_code: where levels are evenly spaced.
         zero_point: of an affine grid without zero points of its own.
         levels: of a codebook.
         midpoints: of a codebook, where the nearest level changes.
@@ -88,7 +90,7 @@ class FusedSweeps(Sweeps):
     def run_gradients(self, job: Job, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """The gradient of the weight, and one number per run for each parameter.
 
-        For the zero points of affine grids it is the sum over clamped weights, to be multiplied by ``-scale``.
+        For zero points it is the sum over clamped weights, to be multiplied by ``-scale``.
         """
 
     def ends(self, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -130,8 +132,9 @@ class FusedSweeps(Sweeps):
             return super().gradients(quantizer, grad, groups, params, spec)
         weight, *sums = self.run_gradients(_job(family, groups, params, spec), grad.contiguous())
         first, second = (_per_group(each, groups).sum(-1) for each in sums)
-        if family == AFFINE:
-            return Gradients(weight, first, zero_point=second.mul_(params.scale.float()).neg_())
+        if family in ZERO_POINTS:
+            step = spec.grid.zero_step if isinstance(spec.grid, FineGrid) else 1.0
+            return Gradients(weight, first, zero_point=second.mul_(params.scale.float()).mul_(-step))
         if family == CODEBOOK:
             return Gradients(weight, first, scale_negative=None if params.scale_negative is None else second)
         if params.scale_residual is None:
@@ -165,15 +168,20 @@ _FAMILIES: dict[type[Quantizer], int] = {
     TernaryQuantizer: AFFINE,
     CodebookQuantizer: CODEBOOK,
     ResidualQuantizer: RESIDUAL,
+    FineQuantizer: FINE,
 }
 
 
 def _job(family: int, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Job:
     runs, size = runs_of(groups)
-    second = (params.zero_point, params.scale_negative, params.scale_residual)[family]
-    scale, other = (None if t is None else t.detach().float().contiguous() for t in (params.scale, second))
     grid = spec.grid
+    second = (params.zero_point, params.scale_negative, params.scale_residual, params.zero_point)[family]
+    if family in ZERO_POINTS and second is not None:
+        second = zero_of(second, grid)
+    scale, other = (None if t is None else t.detach().float().contiguous() for t in (params.scale, second))
     job = Job(groups, runs, size, groups.shape[-1] // size, family, scale, other, grid.num_levels)  # type: ignore[arg-type]
+    if isinstance(grid, FineGrid):
+        return job._replace(max_code=grid.max_code)
     if isinstance(grid, AffineGrid):
         return job._replace(max_code=grid.max_code, zero_point=grid.fixed_zero_point or 0)
     if isinstance(grid, CodebookGrid):

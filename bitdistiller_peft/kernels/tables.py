@@ -14,7 +14,16 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.grids import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid, get_grid, grid_names
+from bitdistiller_peft.grids import (
+    AffineGrid,
+    CodebookGrid,
+    FineGrid,
+    Grid,
+    ResidualGrid,
+    TernaryGrid,
+    get_grid,
+    grid_names,
+)
 
 TABLE_SIZE = 16
 TIED = "/tied"
@@ -26,7 +35,7 @@ class TableForm(NamedTuple):
     Attributes:
         a: one coefficient per code, at most 16.
         b: likewise.
-        c: 1 where `q` is a zero point.
+        c: code steps that a step of `q` is where that is a zero point, else 0.
         second: ``"zero_point"``, ``"scale_negative"`` or another field of `QuantParams`; `None` where `q` is unused.
     """
 
@@ -105,6 +114,13 @@ def _affine(grid: Grid) -> TableForm | None:
     return TableForm(codes, (0.0,) * len(codes), 0.0 if is_symmetric else 1.0, None if is_symmetric else "zero_point")
 
 
+def _fine(grid: Grid) -> TableForm | None:
+    if not isinstance(grid, FineGrid):
+        return None
+    codes = tuple(code - grid.first_zero for code in range(min(grid.num_levels, TABLE_SIZE)))
+    return TableForm(codes, (0.0,) * len(codes), grid.zero_step, "zero_point")
+
+
 def _codebook(grid: Grid) -> TableForm | None:
     if not isinstance(grid, CodebookGrid) or grid.bits > 4:
         return None
@@ -125,6 +141,7 @@ def _residual(grid: Grid) -> TableForm | None:
 
 
 register_table_form(AffineGrid, _affine)
+register_table_form(FineGrid, _fine)
 register_table_form(TernaryGrid, _affine)
 register_table_form(ResidualGrid, _residual)
 register_table_form(CodebookGrid, _codebook)

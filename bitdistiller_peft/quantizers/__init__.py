@@ -6,6 +6,7 @@ from bitdistiller_peft.quantizers.activation import (
     quantize_activations,
 )
 from bitdistiller_peft.quantizers.base import REFERENCE_SWEEPS, Extremes, Gradients, Quantizer, Sweeps
+from bitdistiller_peft.quantizers.fine import zero_of
 from bitdistiller_peft.quantizers.functional import (
     dequantize,
     fake_quantize,
@@ -43,4 +44,5 @@ __all__ = [
     "register_quantizer",
     "store_learned_params",
     "to_groups",
+    "zero_of",
 ]

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bitdistiller_peft.errors import ConfigError
-from bitdistiller_peft.grids import AffineGrid, CodebookGrid, Grid, ResidualGrid, TernaryGrid
+from bitdistiller_peft.grids import AffineGrid, CodebookGrid, FineGrid, Grid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.quantizers.affine import AffineQuantizer
 from bitdistiller_peft.quantizers.base import Quantizer
 from bitdistiller_peft.quantizers.codebook import CodebookQuantizer
+from bitdistiller_peft.quantizers.fine import FineQuantizer
 from bitdistiller_peft.quantizers.residual import ResidualQuantizer
 from bitdistiller_peft.quantizers.ternary import TernaryQuantizer
 
@@ -41,6 +42,7 @@ def get_quantizer(grid: Grid) -> Quantizer:
 
 
 register_quantizer(AffineGrid, AffineQuantizer())
+register_quantizer(FineGrid, FineQuantizer())
 register_quantizer(CodebookGrid, CodebookQuantizer())
 register_quantizer(TernaryGrid, TernaryQuantizer())
 register_quantizer(ResidualGrid, ResidualQuantizer())

@@ -146,7 +146,7 @@ def _check_zero_point_range(grid: Grid, bounds: tuple[int, int] | list[int] | No
         return None
     if not isinstance(grid, AffineGrid) or not grid.has_zero_point:
         raise ConfigError(
-            f"`zero_point_range` must be None for a grid without zero points: got zero_point_range={bounds!r}, "
+            f"`zero_point_range` must be None for a grid without integer zero points: got zero_point_range={bounds!r}, "
             f"grid={grid.name!r}. Use grid='int'."
         )
     is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2 and all(type(b) is int for b in bounds)

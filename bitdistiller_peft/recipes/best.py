@@ -49,10 +49,11 @@ def best(preset: str, given: Mapping[str, Any], *, bits: int) -> Recipe:
         **({"factors": FEW_FACTORS} if is_fast else {"look_ahead": 1}),
     }
     is_scaled = width > 2 and not is_fast
+    grid = "int" if given.get("target") else "int_fine"  # engines other than ours know integer zero points alone
     return Recipe(
         f"best-{bits}bit",
         stages=("calibrate",) if is_fast else ("generate", "calibrate", "distill"),
-        model={"bits": bits, "grid": "int", "group_size": 64, "learn_zero_point": True},
+        model={"bits": bits, "grid": grid, "group_size": 64, "learn_zero_point": True},
         calibration=(SCALING, blockwise) if is_scaled else (blockwise,),
         data={"temperature": 0.7, "max_new_tokens": 128},
         training=training,

@@ -20,7 +20,7 @@ from bitdistiller_peft.export import PackedSource, PackedWeight
 from bitdistiller_peft.hub.files import weight_files
 from bitdistiller_peft.hub.header import read_header
 from bitdistiller_peft.hub.summary import CODES, METADATA, PARTS, PartSize, plain_part, stored_sizes
-from bitdistiller_peft.quantizers.grouping import to_groups
+from bitdistiller_peft.quantizers import to_groups, zero_of
 
 NUM_BINS = 96
 
@@ -234,7 +234,8 @@ def _in_steps(values: Tensor, weight: PackedWeight) -> Tensor:
     if weight.params.scale_negative is not None:
         scale = torch.where(groups < 0, weight.params.scale_negative.float().unsqueeze(-1), scale)
     steps = torch.where(scale > 0, groups / scale, torch.zeros_like(groups))
-    return steps if weight.params.zero_point is None else steps + weight.params.zero_point.float().unsqueeze(-1)
+    zero_point = weight.params.zero_point
+    return steps if zero_point is None else steps + zero_of(zero_point, weight.spec.grid).unsqueeze(-1)
 
 
 def _level(steps: Tensor, codes: Tensor, code: int) -> float:

@@ -32,10 +32,10 @@ class BitDistillerConfig(PeftConfig):
             `"r2q"`.
         group_size: weights per scale along the input axis; `-1` for one scale per output row, `"tensor"` for one per
             matrix. It must divide the input width of every targeted layer.
-        grid: `"int"` (asymmetric integers), `"int_sym"`, `"nf"` (NormalFloat with a scale for each sign, AFPQ),
-            `"nf_sym"`, `"fp"` (E2M1, E2M0), `"fp_sym"`, `"ternary"` (BitNet; as published with
-            `group_size="tensor"`, `gradient="ste"` and `learn_scale=False`) or `"r2q"` (two residual signs); more can
-            be registered with `register_grid`.
+        grid: `"int"` (asymmetric integers), `"int_fine"` (zero points in quarter steps: less error at the same size),
+            `"int_sym"`, `"nf"` (NormalFloat with a scale for each sign, AFPQ), `"nf_sym"`, `"fp"` (E2M1, E2M0),
+            `"fp_sym"`, `"ternary"` (BitNet; as published with `group_size="tensor"`, `gradient="ste"` and
+            `learn_scale=False`) or `"r2q"` (two residual signs); more can be registered with `register_grid`.
         scale_dtype: dtype the scales are stored in: `"float16"`, `"bfloat16"` or `"float32"`.
         zero_point_range: bounds `(low, high)` of the zero points of grid `"int"`; `(1, 2)` at 2 bits makes llama.cpp's
             2-bit formats hold the model exactly.
@@ -45,7 +45,7 @@ class BitDistillerConfig(PeftConfig):
         gradient: `"exact"` lets gradients also flow through each group's minimum and maximum, or mean, where the scale
             is recomputed from them; `"ste"` does not.
         learn_scale: train the scales (LSQ) instead of recomputing them from the weights on every forward.
-        learn_zero_point: train the zero points too; needs `learn_scale` and grid `"int"`.
+        learn_zero_point: train the zero points too; needs `learn_scale` and grid `"int"` or `"int_fine"`.
         trainable: what of a quantized layer is trained: `"all"`; `"quantization"`, scales (and zero points) alone,
             which needs `learn_scale`; or `"lora"`, these and a low-rank update inside the rounding, which becomes codes
             when it is packed. Norms and copies that other options name are trained in any case, and `calibrate`
@@ -109,7 +109,9 @@ class BitDistillerConfig(PeftConfig):
         default="exact", metadata={"help": "'exact' follows the path through min and max or mean, 'ste' does not."}
     )
     learn_scale: bool = field(default=True, metadata={"help": "Train the scales instead of recomputing them."})
-    learn_zero_point: bool = field(default=False, metadata={"help": "Train the zero points too (grid 'int')."})
+    learn_zero_point: bool = field(
+        default=False, metadata={"help": "Train the zero points too (grids 'int', 'int_fine')."}
+    )
     trainable: str = field(
         default="all", metadata={"help": "'all', 'quantization' (scales alone) or 'lora' (inside the rounding)."}
     )

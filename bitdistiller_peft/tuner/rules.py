@@ -57,7 +57,7 @@ def check_choices(config: Any) -> None:
     if config.learn_zero_point and not config.spec().grid.has_zero_point:
         raise ConfigError(
             f"`learn_zero_point` must be False for a grid without zero points: got grid={config.grid!r}. "
-            "Use grid='int' or learn_zero_point=False."
+            "Use grid='int' or 'int_fine', or learn_zero_point=False."
         )
 
 

@@ -75,7 +75,10 @@ def test_layers_that_no_stage_names_are_trained_in_the_last(models: Path) -> Non
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("config", [{}, {"grid": "int_sym"}, {"learn_zero_point": True}, {"group_size": "tensor"}])
+SOFT = [{"grid": "int_sym"}, {"learn_zero_point": True}, {"grid": "int_fine", "learn_zero_point": True}]
+
+
+@pytest.mark.parametrize("config", [{}, *SOFT, {"group_size": "tensor"}], ids=str)
 def test_soft_rounding_ends_hard(config: dict[str, Any], models: Path) -> None:
     model = student(models, **config)
     result = run(model, rounding="soft", epochs=8, rounding_learning_rate=0.2)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from bitdistiller_peft.grids import CodebookGrid, ResidualGrid, TernaryGrid
+from bitdistiller_peft.grids import CodebookGrid, FineGrid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.quantizers import SCALE_DTYPES as DTYPES_BY_NAME
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, dequantize, fake_quantize, find_params, quantize
 from tests.reference import quantization as reference
@@ -18,6 +18,7 @@ from tests.reference import quantization as reference
 WIDTHS = {
     "int": (2, 3, 4, 8),
     "int_sym": (2, 3, 4, 8),
+    "int_fine": (2, 3, 4, 8),
     "nf": (2, 3, 4),
     "nf_sym": (2, 3, 4),
     "nf4": (4,),
@@ -54,6 +55,9 @@ def ties(spec: QuantSpec) -> Tensor:
     if isinstance(spec.grid, CodebookGrid):
         levels = torch.tensor(spec.grid.levels)
         points, ends = torch.tensor(spec.grid.midpoints), levels[[0, -1]]
+    elif isinstance(spec.grid, FineGrid):
+        top = spec.grid.max_code
+        points, ends = torch.arange(top) + 0.5 - 3 * top / 8, torch.tensor([-3 * top / 8, 5 * top / 8])
     else:
         top = spec.grid.num_levels - 1
         zero_point = (top + 1) // 2
@@ -98,6 +102,10 @@ def expected(weight: Tensor, spec: QuantSpec) -> reference.Quantized:
 
         def quantize_group(group: list[float]) -> reference.Quantized:
             return reference.residual_group(group, dtype, refine=spec.refine, tied=grid.is_tied)
+    elif isinstance(grid, FineGrid):
+
+        def quantize_group(group: list[float]) -> reference.Quantized:
+            return reference.fine_group(group, grid.bits, dtype)
     elif isinstance(grid, TernaryGrid):
 
         def quantize_group(group: list[float]) -> reference.Quantized:

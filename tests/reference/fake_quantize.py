@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from bitdistiller_peft.grids import CodebookGrid, ResidualGrid, TernaryGrid
+from bitdistiller_peft.grids import CodebookGrid, FineGrid, ResidualGrid, TernaryGrid
 from bitdistiller_peft.quantizers import QuantParams, QuantSpec, to_groups
 
 Params = dict[str, Tensor]
@@ -25,6 +25,14 @@ def affine(groups: Tensor, scale: Tensor, zero_point: Tensor | float, top: int) 
     steps = groups / scale
     codes = (straight_through(steps, steps.float().round().double()) + zero_point).clamp(0, top)
     return scale * (codes - zero_point)
+
+
+def fine(groups: Tensor, scale: Tensor, code: Tensor, top: int) -> Tensor:
+    """Zero points lie in quarters about the middle of the codes; those that are not clamped move with them."""
+    steps, zero = groups / scale, 3 * top / 8 + code / 4
+    shifted = steps + zero
+    codes = straight_through(shifted, (steps.float() + zero.float()).round().double()).clamp(0, top)
+    return scale * (codes - zero)
 
 
 def codebook(groups: Tensor, positive: Tensor, negative: Tensor, grid: CodebookGrid) -> Tensor:
@@ -66,6 +74,16 @@ def affine_scales(groups: Tensor, spec: QuantSpec) -> Params:
     return {"scale": scale, "zero_point": zero_point}
 
 
+def fine_scales(groups: Tensor, top: int) -> Params:
+    low, high = ends(groups)
+    scale = (high - low) / top
+    wanted = ((-low / scale - 3 * top / 8) * 4).round().detach()
+    code = wanted.clamp(0, top)
+    zero = 3 * top / 8 + code / 4
+    alone = torch.maximum(high / (top - zero), -low / zero)
+    return {"scale": torch.where(wanted == code, scale, alone), "zero_point": code}
+
+
 def codebook_scales(groups: Tensor, grid: CodebookGrid) -> Params:
     low, high = ends(groups)
     positive, negative = high / grid.levels[-1], low / grid.levels[0]
@@ -102,6 +120,8 @@ def own_scales(groups: Tensor, spec: QuantSpec, stored: QuantParams | None) -> P
             return codebook_scales(groups, spec.grid)
         case ResidualGrid():
             return residual_scales(groups, spec, spec.grid.is_tied, None if stored is None else stored.scale)
+        case FineGrid():
+            return fine_scales(groups, spec.grid.max_code)
         case TernaryGrid():
             return {"scale": groups.abs().mean(-1, keepdim=True)}
         case _:
@@ -116,6 +136,8 @@ def values_of(groups: Tensor, params: Params, spec: QuantSpec) -> Tensor:
     match spec.grid:
         case CodebookGrid():
             return codebook(groups, scale, params.get("scale_negative", scale), spec.grid)
+        case FineGrid():
+            return fine(groups, scale, params["zero_point"], spec.grid.max_code)
         case ResidualGrid():
             return residual(groups, scale, params.get("scale_residual", scale / 2))
         case TernaryGrid():

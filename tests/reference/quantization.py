@@ -116,6 +116,23 @@ def affine_group(
     return Quantized(codes, values, scale, None if symmetric else zero_point)
 
 
+# --------------------------------------------------------------------------------------------------------------- fine
+
+
+def fine_group(group: Sequence[float], bits: int, dtype: str) -> Quantized:
+    """Zero points in quarters about the middle; where the range's own lies beyond, the nearest, and all still fit."""
+    top = 2**bits - 1
+    low, high = min(0.0, *group), max(0.0, *group)
+    scale = store_up(f32(f32(high - low) / top) or 2.0**-14, dtype)
+    code = round(f32(f32(f32(-low / scale) - 3 * top / 8) * 4))
+    inside = min(max(code, 0), top)
+    zero = 3 * top / 8 + inside / 4
+    if code != inside:
+        scale = store_up(max(f32(high / (top - zero)), f32(-low / zero)) or 2.0**-14, dtype)
+    codes = [min(max(round(f32(f32(weight / scale) + zero)), 0), top) for weight in group]
+    return Quantized(codes, [f32(scale * (each - zero)) for each in codes], scale, inside)
+
+
 # ----------------------------------------------------------------------------------------------------------- codebook
 
 

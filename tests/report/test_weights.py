@@ -22,6 +22,7 @@ from tests.tiny import save_base
 WEIGHTS = "model.safetensors"
 CASES = {
     "int": ("llama", {"grid": "int", "bits": 2, "group_size": 32}),
+    "int_fine": ("llama", {"grid": "int_fine", "bits": 2, "group_size": 32}),
     "int-rows": ("llama-172", {"grid": "int", "bits": 3, "group_size": -1}),
     "int_sym-tied": ("llama-tied", {"grid": "int_sym", "bits": 4, "group_size": 32}),
     "nf": ("qwen2", {"grid": "nf", "bits": 3, "group_size": 32}),
@@ -78,7 +79,7 @@ def test_errors_and_sizes_are_those_of_the_loaded_models(case: str, folders: Pat
     assert sum(part.stored_bits for part in found.parts) == 8 * (packed / WEIGHTS).stat().st_size
 
 
-@pytest.mark.parametrize("case", ["int", "nf", "nf_sym-bf16", "r2q", "ternary"])
+@pytest.mark.parametrize("case", ["int", "int_fine", "nf", "nf_sym-bf16", "r2q", "ternary"])
 def test_a_histogram_counts_the_codes_and_knows_the_levels(case: str, folders: Path) -> None:
     base, packed = pack(case, folders)
     name = "model.layers.1.mlp.up_proj.weight"
@@ -89,7 +90,7 @@ def test_a_histogram_counts_the_codes_and_knows_the_levels(case: str, folders: P
     values = layer.dequantize()
     grid = layer.spec.grid
     match case:
-        case "int":
+        case "int" | "int_fine":
             assert histogram.levels == (0, 1, 2, 3)
         case "nf" | "nf_sym-bf16":
             assert histogram.levels == pytest.approx(grid.levels, abs=1e-3)

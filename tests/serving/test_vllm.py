@@ -32,6 +32,7 @@ ATTENTION, MLP = "model.layers.1.self_attn", "model.layers.1.mlp"
 GRIDS = [
     *({"grid": "int", "bits": bits} for bits in (2, 3, 4, 8)),
     {"grid": "int_sym", "bits": 4, "group_size": -1, "scale_dtype": "bfloat16"},
+    {"grid": "int_fine", "bits": 3},
     {"grid": "nf", "bits": 3},
     {"grid": "nf_sym", "bits": 2},
     {"grid": "nf4", "bits": 4},

@@ -92,7 +92,7 @@ def run(settings: Settings, console: Console) -> dict[str, Any]:
         output=settings["output"] or f"runs/{path.stem}",
         bits=bits,
         group_size=settings["quant.group_size"] if "quant.group_size" in settings.origins else 64,
-        learn_zero_point="true" if settings["quant.grid"] == "int" else "false",
+        learn_zero_point="true" if settings["quant.grid"] in ("int", "int_fine") else "false",
         method="blockwise" if bits == 2 else "clip",
         texts=settings.arguments["text"],
         prompts=prompts,

@@ -28,6 +28,14 @@ def _divided(x, y):
 
 
 @triton.jit
+def _even(steps, zero, FAMILY: tl.constexpr):
+    """Codes not yet clamped: integer zero points are added after rounding, others before."""
+    if FAMILY == 0:
+        return _rounded(steps) + zero
+    return _rounded(steps + zero)
+
+
+@triton.jit
 def _nearest(x, levels, midpoints, LEVELS: tl.constexpr):
     level = tl.zeros_like(x) + tl.load(levels)
     for i in tl.static_range(LEVELS - 1):
@@ -81,8 +89,8 @@ def values(
         mask = (run < runs)[:, None] & (column < size)[None, :]
         place = run.to(tl.int64)[:, None] * size + column[None, :]
         w = tl.load(weight + place, mask=mask, other=0.0)
-        if FAMILY == 0:
-            code = _clamped(_rounded(_divided(w, p)) + q, max_code)
+        if (FAMILY == 0) | (FAMILY == 3):
+            code = _clamped(_even(_divided(w, p), q, FAMILY), max_code)
             made = (code - q) * p
         elif FAMILY == 1:
             level = _nearest(_normalized(w, p, q), levels, midpoints, LEVELS)
@@ -109,9 +117,9 @@ def gradients(
         place = run.to(tl.int64)[:, None] * size + column[None, :]
         w = tl.load(weight + place, mask=mask, other=0.0)
         g = tl.load(grad + place, mask=mask, other=0.0)
-        if FAMILY == 0:
+        if (FAMILY == 0) | (FAMILY == 3):
             steps = _divided(w, p)
-            code = _rounded(steps) + q
+            code = _even(steps, q, FAMILY)
             inside = (code >= 0.0) & (code <= max_code)
             offset = _clamped(code, max_code) - q
             kept = tl.where(inside, g, 0.0)

@@ -22,6 +22,7 @@ from bitdistiller_peft.kernels.tables import TableForm
 FEW_TOKENS, MANY_TOKENS = 4, 512
 LEAST_WIDTH, MOST_WIDTH = 32, 256  # of a tile, in weights: 32 is the least that whole words of every code width fill
 FEW_ROWS, ROWS, MOST_TOKENS = 16, 64, 64  # of a tile
+QUARTERS = 4  # the programs' kind of integers around zeros in quarter steps
 PROGRAMS = 256  # that keep a large GPU busy; a narrower product is cut along its width
 
 
@@ -85,9 +86,11 @@ class _Weight:
         second = scale if second is None or form.second is None else second.detach().contiguous()
         a, b = _tables(form, str(self.device))
         self.tensors = (words, scale, second, a, b)
-        self.sizes = (words.shape[1], self.groups, second.shape[1], self.group_size, int(form.a[0]))
+        kind = kind_of(form)
+        start = form.a[0] if kind == QUARTERS else int(form.a[0])
+        self.sizes = (words.shape[1], self.groups, second.shape[1], self.group_size, start)
         self.constants = {
-            "BITS": layout.bits, "KIND": kind_of(form), "IS_SHARED": layout.group_size == 0, "BK": self.bk,
+            "BITS": layout.bits, "KIND": kind, "IS_SHARED": layout.group_size == 0, "BK": self.bk,
             "GROUPS": self.groups_in_tile,
         }  # fmt: skip
 
@@ -150,9 +153,9 @@ def tile_width(group_size: int, groups: int) -> tuple[int, int]:
 
 
 def kind_of(form: TableForm) -> int:
-    """Which of the four formulas of the programs a form is."""
+    """Which of the five formulas of the programs a form is."""
     if form.second == "zero_point":
-        return 1
+        return 1 if form.c == 1 else QUARTERS
     if form.second is not None:
         return 3
     levels = [form.a[0]]

@@ -76,7 +76,8 @@ def _tile(
 ):  # fmt: skip
     """Weights ``start .. start + BK`` of some rows, fp32 ``[BN, BK]``.
 
-    KIND 0: integers around a fixed zero; 1: around one per group; 2: levels; 3: levels under two scales.
+    KIND 0: integers around a fixed zero; 1: around one per group; 2: levels; 3: levels under two scales; 4: integers
+    around a zero per group in quarter steps, the first of them at ``-start_code``.
     """
     codes = _unpack(words, rows, row_mask, start, row_words, BITS, BK)
     group = _group_of(start, group_size, groups, BK, GROUPS)
@@ -88,6 +89,9 @@ def _tile(
     if KIND == 1:
         q = _spread(_zero_points(second, own, row_mask, group, second_words, BITS), BK, GROUPS)
         return (codes.to(tl.float32) - q) * p
+    if KIND == 4:
+        q = _spread(_zero_points(second, own, row_mask, group, second_words, BITS), BK, GROUPS)
+        return (codes.to(tl.float32) + start_code - 0.25 * q) * p
     if KIND == 2:
         return tl.load(a + codes) * p
     q = _spread(tl.load(second + place, mask=row_mask[:, None], other=0).to(tl.float32), BK, GROUPS)

@@ -12,7 +12,7 @@
 
 #define BD_SWEEP __attribute__((always_inline)) inline
 
-enum FakeFamily : int32_t { kAffine = 0, kCodebook = 1, kResidual = 2 };
+enum FakeFamily : int32_t { kAffine = 0, kCodebook = 1, kResidual = 2, kFine = 3 };
 
 extern "C" struct BdFake {
     const float* weight;
@@ -21,7 +21,7 @@ extern "C" struct BdFake {
     const float* second;  // zero points, negative or residual scales, or null
     float* out;           // the values; backward: the gradient of the weight, or null
     float* to_scale;      // backward, one per run
-    float* to_second;     // backward, one per run; affine: the sum over clamped weights, to be multiplied by -scale
+    float* to_second;     // backward, one per run; with zero points: the sum over clamped weights, in units of -scale
     int64_t runs, size, runs_per_group;
     int32_t family, num_levels;
     float max_code, zero_point;  // affine; the zero point of all groups where `second` is null
@@ -87,13 +87,18 @@ BD_SWEEP Group group_of(const BdFake& call, int64_t run) {
 // `values` are what their codes stand for. `slopes` adds to the gradients of scale and second parameter, and returns
 // that of the weights: nothing for those outside of the range.
 
-struct Affine {
+// Evenly spaced: the zero point is added after rounding if it is an integer, before if it need not be one.
+template <bool kIsInteger>
+struct Even {
+    static BD_SWEEP Floats code_of(const Group& group, Floats steps) {
+        return kIsInteger ? rounded(steps) + group.second : rounded(steps + group.second);
+    }
     static BD_SWEEP Floats values(const BdFake& call, const Group& group, Floats w) {
-        const Floats code = clamped(rounded(w / group.scale) + group.second, call.max_code);
+        const Floats code = clamped(code_of(group, w / group.scale), call.max_code);
         return (code - group.second) * group.scale;
     }
     static BD_SWEEP Floats slopes(const BdFake& call, const Group& group, Floats w, Floats g, Sums& sums) {
-        const Floats steps = w / group.scale, code = rounded(steps) + group.second;
+        const Floats steps = w / group.scale, code = code_of(group, steps);
         const Mask inside = (code >= 0.0f) & (code <= call.max_code);
         const Floats offset = clamped(code, call.max_code) - group.second, kept = inside ? g : all(0.0f);
         sums.scale += g * (inside ? offset - steps : offset);
@@ -199,7 +204,8 @@ BD_SWEEP void backward_of(const BdFake& call, int64_t first, int64_t last) {
 
 BD_SWEEP void forward(const BdFake& call, int64_t first, int64_t last) {
     switch (call.family) {
-        case kAffine: return forward_of<Affine>(call, first, last);
+        case kAffine: return forward_of<Even<true>>(call, first, last);
+        case kFine: return forward_of<Even<false>>(call, first, last);
         case kCodebook: return forward_of<Codebook>(call, first, last);
         default: return forward_of<Residual>(call, first, last);
     }
@@ -207,7 +213,8 @@ BD_SWEEP void forward(const BdFake& call, int64_t first, int64_t last) {
 
 BD_SWEEP void backward(const BdFake& call, int64_t first, int64_t last) {
     switch (call.family) {
-        case kAffine: return backward_of<Affine>(call, first, last);
+        case kAffine: return backward_of<Even<true>>(call, first, last);
+        case kFine: return backward_of<Even<false>>(call, first, last);
         case kCodebook: return backward_of<Codebook>(call, first, last);
         default: return backward_of<Residual>(call, first, last);
     }
