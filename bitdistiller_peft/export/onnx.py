@@ -20,8 +20,9 @@ from bitdistiller_peft.export.formats import ExportFormat, ForeignTensor, Foreig
 from bitdistiller_peft.export.onnx_graph import BITS, float_graph, refuse_bits, refuse_model, stored_bits
 from bitdistiller_peft.export.onnx_reader import read
 from bitdistiller_peft.export.source import PackedSource, PackedWeight
-from bitdistiller_peft.grids import ResidualGrid
+from bitdistiller_peft.grids import FineGrid, ResidualGrid
 from bitdistiller_peft.packing import pack_codes
+from bitdistiller_peft.quantizers import zero_of
 
 FILE_NAME, DATA_NAME = "model.onnx", "model.onnx.data"
 DOMAIN = "com.microsoft"
@@ -34,7 +35,9 @@ def _refuse(weight: PackedWeight, options: Options) -> str | None:
         return reason
     if _block_size(weight) is None:
         return f"groups of {weight.group_width} weights are not made of blocks of {BLOCK_SIZES[-1]}"
-    return None if _is_tied(weight) else refuse_not_affine(weight)
+    if not _has_float_zeros(weight):
+        return refuse_not_affine(weight)
+    return "onnxruntime has no zeros between the codes at 8 bits" if stored_bits(weight, options) == 8 else None
 
 
 def _block_size(weight: PackedWeight) -> int | None:
@@ -46,8 +49,18 @@ def _block_size(weight: PackedWeight) -> int | None:
     return fits[0] if fits else None
 
 
-def _is_tied(weight: PackedWeight) -> bool:
-    return isinstance(weight.spec.grid, ResidualGrid) and weight.spec.grid.is_tied
+def _has_float_zeros(weight: PackedWeight) -> bool:
+    """Whether levels are evenly spaced about a zero between them, which onnxruntime takes as a float."""
+    grid = weight.spec.grid
+    return isinstance(grid, FineGrid) or (isinstance(grid, ResidualGrid) and grid.is_tied)
+
+
+def _float_zeros(weight: PackedWeight) -> Tensor:
+    """These zeros ``[out, groups]`` in the dtype of the scales, which holds eighths up to 4 bits' largest code."""
+    scale, zero_point = weight.row_scale, weight.params.zero_point
+    if zero_point is None:
+        return torch.full(scale.shape, TIED_ZERO_POINT, dtype=scale.dtype)
+    return zero_of(zero_point, weight.spec.grid).expand(scale.shape).to(scale.dtype)
 
 
 def _write(source: PackedSource, folder: Path, options: Options) -> None:
@@ -151,8 +164,8 @@ def _tensors(weight: PackedWeight, bits: int) -> Iterator[tuple[str, Tensor]]:
     codes = torch.nn.functional.pad(weight.codes, (0, blocks * size - weight.in_features))
     yield "", pack_codes(codes, bits).view(torch.uint8).reshape(len(codes), blocks, -1)
     yield "_scale", weight.row_scale.repeat_interleave(repeat, 1)
-    if _is_tied(weight):
-        yield "_zero_point", torch.full((len(codes), blocks), TIED_ZERO_POINT, dtype=weight.row_scale.dtype)
+    if _has_float_zeros(weight):
+        yield "_zero_point", _float_zeros(weight).repeat_interleave(repeat, 1)
     elif fixed_zero_point(weight.spec.grid) != 1 << (bits - 1):
         packed = pack_codes(zero_points(weight).repeat_interleave(repeat, 1), bits).view(torch.uint8)
         yield "_zero_point", packed[:, : -(-blocks * bits // 8)]

@@ -60,6 +60,8 @@ Packed = Callable[..., Path]
         ("bitnet", {}, "llama", {"bits": 2}, "activation_bits=None", "'compressed-tensors'"),
         ("onnx", {}, "llama", {"bits": 3}, "3-bit codes are none", "'onnx', output_dir, widen_to=4"),
         ("onnx", {}, "llama", {"bits": 2, "group_size": 8}, "not made of blocks of 16", "'compressed-tensors'"),
+        ("onnx", {}, "llama", {"grid": "int_fine", "bits": 8, "group_size": 16}, "no zeros between the codes", ""),
+        ("onnx", {"widen_to": 8}, "llama", {"grid": "r2q", "tied": True, "group_size": 16}, "no zeros between", ""),
         ("onnx", {"widen_to": 4}, "llama", {"bits": 8}, "8-bit codes do not fit into 4 bits", "'onnx'"),
         ("onnx", {}, "llama", {"grid": "r2q", "bits": 2}, "grid 'r2q' is not scale", "'gguf', output_dir, carrier="),
         ("onnx", {}, "mixtral", {"bits": 2}, "architecture 'MixtralForCausalLM'", "'compressed-tensors'"),
