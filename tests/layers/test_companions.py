@@ -33,6 +33,7 @@ each_group_size = pytest.mark.parametrize("group_size", [-1, 4, "tensor"])
 
 COMPANIONS = {
     "int": ["_scale", "_zero_point"],
+    "int_fine": ["_scale", "_zero_point"],
     "nf": ["_scale", "_scale_negative"],
     "fp": ["_scale", "_scale_negative"],
     "r2q": ["_scale", "_scale_residual"],
@@ -290,7 +291,10 @@ def test_a_lone_weight_presents_itself_fake_quantized(grid: str, bits: int) -> N
         module = FakeQuantWeight(weight.clone(), spec, Trained(scale=learn_scale))
         assert torch.equal(module(), fake_quantize(weight, spec))
         assert module.weight.requires_grad
-        assert len(list(module.parameters())) == (1 + len(companion_suffixes(spec)) - (grid == "int")) ** learn_scale
+        assert (
+            len(list(module.parameters()))
+            == (1 + len(companion_suffixes(spec)) - spec.grid.has_zero_point) ** learn_scale
+        )
 
 
 # -------------------------------------------------------------------------------------------------------------- packed

@@ -133,7 +133,7 @@ TEMPLATE = re.compile(r"`(\w+)` must .+: got .*\b\1=.+\. \S.*[.?]")
         ({"zero_point_range": (1.0, 2.0)}, "two integers"),
         ({"zero_point_range": (False, True)}, "two integers"),
         ({"zero_point_range": 1}, "two integers"),
-        ({"grid": "int_sym", "zero_point_range": (1, 2)}, "must be None for a grid without zero points"),
+        ({"grid": "int_sym", "zero_point_range": (1, 2)}, "must be None for a grid without integer zero points"),
         ({"grid": "nf", "zero_point_range": [1, 2]}, "got zero_point_range=[1, 2], grid='nf'. Use grid='int'."),
     ],
     ids=str,

@@ -62,7 +62,11 @@ BAD_SETTINGS = [
     ),
     ({"zero_point_range": (0, 4)}, ConfigError, r"within 0\.\.3: got zero_point_range=\[0, 4\]\. Use \(1, 2\)"),
     ({"zero_point_range": (2, 1)}, ConfigError, r"two integers \(low, high\)"),
-    ({"zero_point_range": (1, 2), "grid": "int_sym"}, ConfigError, r"must be None for a grid without zero points"),
+    (
+        {"zero_point_range": (1, 2), "grid": "int_sym"},
+        ConfigError,
+        r"must be None for a grid without integer zero points",
+    ),
     ({"overrides": {"q_proj": 4}}, ConfigError, r"`overrides` must map a name to a dict"),
     ({"overrides": {"q_proj": {"bit": 4}}}, UnknownNameError, r"overrides\['q_proj'\].*'bit'.*Did you mean 'bits'\?"),
     ({"overrides": {"q_proj": {"bits": 7}}}, ConfigError, r"`bits` must be one of .*: got bits=7"),
