@@ -234,12 +234,24 @@ def add_arguments(parser: argparse.ArgumentParser, *, tokens: int, chunks: int, 
 
 def read_texts(path: Path) -> list[str]:
     """Documents of a text file, or of JSON lines; gzipped or not."""
+    content = _content(path)
+    return [_text_of(row) for row in _rows(content)] if ".jsonl" in path.name else [content]
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """Rows of a file of JSON lines, gzipped or not."""
+    return _rows(_content(path))
+
+
+def _content(path: Path) -> str:
     opener = gzip.open if path.suffix == ".gz" else open
     with opener(path, "rt", encoding="utf-8") as file:
-        content = file.read()
-    if ".jsonl" not in path.name:
-        return [content]
-    return [_text_of(json.loads(line)) for line in content.splitlines() if line.strip()]
+        return str(file.read())
+
+
+def _rows(content: str) -> list[dict[str, Any]]:
+    # `splitlines` would also cut at separators that stand inside of strings
+    return [json.loads(line) for line in content.split("\n") if line.strip()]
 
 
 def _text_of(row: dict[str, Any]) -> str:

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import gzip
-import json
 import tempfile
 from functools import cached_property
 from pathlib import Path
@@ -68,21 +66,31 @@ class Bench(_arms.Bench):
         }
 
     @cached_property
-    def sources(self) -> dict[str, list[Any]]:
-        """Rows to train on, by source."""
-        plain = [text for texts in self.train_texts for text in texts]
-        chats = [messages for messages in conversations(self.options.conversations) if self._is_short(messages)]
-        return {"plain": plain, "chat": [{"messages": messages} for messages in chats], "own": self._own(chats)}
+    def chats(self) -> list[list[dict[str, str]]]:
+        """Conversations with short prompts."""
+        return [messages for messages in conversations(self.options.conversations) if self._is_short(messages)]
 
     def _is_short(self, messages: list[dict[str, str]]) -> bool:
         return len(self.tokenizer(messages[0]["content"])["input_ids"]) <= MAX_PROMPT
 
-    def _own(self, chats: list[list[dict[str, str]]]) -> list[dict[str, Any]]:
+    @cached_property
+    def own(self) -> list[dict[str, Any]]:
+        """The model's own answers, written where a mix asks for them."""
         options = {"max_new_tokens": OWN_TOKENS, "batch_size": 16, "seed": self.options.seed}
-        prompts = [messages[:-1] for messages in chats[:OWN_PROMPTS]]
+        prompts = [messages[:-1] for messages in self.chats[:OWN_PROMPTS]]
         return list(
             generate_teacher_data(self.load(), self.tokenizer, prompts, output_dir=self.options.cache, **options)
         )
+
+    def source(self, name: str) -> list[Any]:
+        """Rows to train on, of one source."""
+        match name:
+            case "plain":
+                return [text for texts in self.train_texts for text in texts]
+            case "chat":
+                return [{"messages": messages} for messages in self.chats]
+            case _:
+                return self.own
 
     @cached_property
     def student(self) -> Any:
@@ -112,11 +120,11 @@ class Bench(_arms.Bench):
 
     def row(self, shares: dict[str, float]) -> dict[str, Any]:
         """Train on one mix and measure."""
-        before, seconds, report = self.before, 0.0, None
+        now, seconds, report = self.before, 0.0, None
         if shares:
             self.student.load_state_dict(self.start)
             set_seed(self.options.seed)
-            chosen = {name: self.sources[name] for name in shares}
+            chosen = {name: self.source(name) for name in shares}
             data, report = mix_data(
                 chosen, shares, self.tokenizer, num_tokens=self.options.tokens, seed=self.options.seed
             )
@@ -124,13 +132,12 @@ class Bench(_arms.Bench):
             self.distill(data)
             seconds = clock() - seconds
             now = self.measured()
-            print(report, now.since(before), sep="\n", flush=True)
-        results = now.results if shares else before.results
+            print(report, now.since(self.before), sep="\n", flush=True)
         return {
             "tokens": sum(source.tokens for source in report.sources) if report else 0,
             "targets": sum(source.targets for source in report.sources) if report else 0,
-            **{f"kl_{name}": result.mean_kl_nats for name, result in results.items()},
-            **{f"agreement_{name}": result.top1_agreement for name, result in results.items()},
+            **{f"kl_{name}": result.mean_kl_nats for name, result in now.results.items()},
+            **{f"agreement_{name}": result.top1_agreement for name, result in now.results.items()},
             "seconds": seconds,
         }
 
@@ -149,9 +156,7 @@ class Bench(_arms.Bench):
 
 def conversations(path: Path) -> list[list[dict[str, str]]]:
     """Messages of every line of a file of JSON lines."""
-    opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8") as file:
-        return [_messages(json.loads(line)) for line in file if line.strip()]
+    return [_messages(row) for row in _arms.read_rows(path)]
 
 
 def _messages(row: dict[str, Any]) -> list[dict[str, str]]:

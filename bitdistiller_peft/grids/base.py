@@ -29,6 +29,16 @@ class Grid:
         return False
 
     @property
+    def zero_step(self) -> float:
+        """Distance of neighbouring zero points, in code steps, where groups store them."""
+        return 1.0
+
+    @property
+    def first_zero(self) -> float:
+        """What a stored zero point of 0 stands for, in code steps."""
+        return 0.0
+
+    @property
     def has_negative_scale(self) -> bool:
         """Whether negative weights have a scale of their own."""
         return False

@@ -133,8 +133,7 @@ class FusedSweeps(Sweeps):
         weight, *sums = self.run_gradients(_job(family, groups, params, spec), grad.contiguous())
         first, second = (_per_group(each, groups).sum(-1) for each in sums)
         if family in ZERO_POINTS:
-            step = spec.grid.zero_step if isinstance(spec.grid, FineGrid) else 1.0
-            return Gradients(weight, first, zero_point=second.mul_(params.scale.float()).mul_(-step))
+            return Gradients(weight, first, zero_point=second.mul_(params.scale.float()).mul_(-spec.grid.zero_step))
         if family == CODEBOOK:
             return Gradients(weight, first, scale_negative=None if params.scale_negative is None else second)
         if params.scale_residual is None:

@@ -73,17 +73,10 @@ class AffineQuantizer(Quantizer):
 
     def gradients(self, grad: Tensor, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Gradients:
         """Pass gradients inside the range; clamped weights move only scale and zero point (LSQ, LSQ+)."""
-        scale = params.scale.float().unsqueeze(-1)
         zero_point = _zero_point(params, spec)
-        steps = groups / scale
+        steps = groups / params.scale.float().unsqueeze(-1)
         codes = _round(steps.clone(), spec) + zero_point
-        inside = (codes >= 0) & (codes <= _grid(spec).max_code)
-        offset = codes.clamp_(0, _grid(spec).max_code) - zero_point
-        grad_scale = (grad * torch.where(inside, offset - steps, offset)).sum(-1)
-        weight = torch.where(inside, grad, 0.0)
-        # d/dz of scale * (clamp(round(w/s) + z) - z): zero inside, -scale where clamped
-        grad_zero_point = -((grad - weight).sum(-1) * scale.squeeze(-1))
-        return Gradients(weight, grad_scale, zero_point=grad_zero_point)
+        return even_gradients(grad, steps, codes, zero_point, params.scale.float(), _grid(spec).max_code)
 
     def add_range_gradient(
         self,
@@ -119,6 +112,27 @@ class AffineQuantizer(Quantizer):
         # an extreme on the wrong side of zero is not the end of the range
         add_at_extreme(grads.weight, high_index, torch.where(high > 0, to_high, 0.0))
         add_at_extreme(grads.weight, low_index, torch.where(low < 0, to_low, 0.0))
+
+
+def even_gradients(
+    grad: Tensor, steps: Tensor, codes: Tensor, zero: Tensor | float, scale: Tensor, max_code: int
+) -> Gradients:
+    """Derive ``scale * (clamp(code) - zero)``, the rounding to a code seen as the identity (LSQ, LSQ+).
+
+    Args:
+        grad: gradient of the values, ``[..., groups, group]``.
+        steps: the weights over their scale, likewise.
+        codes: not yet clamped, likewise; overwritten.
+        zero: where zero lies, to be broadcast over the group.
+        scale: fp32 ``[..., groups]``.
+        max_code: the largest code.
+    """
+    inside = (codes >= 0) & (codes <= max_code)
+    offset = codes.clamp_(0, max_code) - zero
+    grad_scale = (grad * torch.where(inside, offset - steps, offset)).sum(-1)
+    weight = torch.where(inside, grad, 0.0)
+    # d/dz of scale * (clamp(round(w/s) + z) - z): zero inside, -scale where clamped
+    return Gradients(weight, grad_scale, zero_point=-((grad - weight).sum(-1) * scale))
 
 
 def _round(steps: Tensor, spec: QuantSpec) -> Tensor:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bitdistiller_peft.grids import FineGrid, Grid
+from bitdistiller_peft.quantizers.affine import even_gradients
 from bitdistiller_peft.quantizers.base import REFERENCE_SWEEPS, Gradients, Quantizer, Sweeps, add_at_extreme
 from bitdistiller_peft.quantizers.rounding import round_scale_up
 from bitdistiller_peft.quantizers.spec import QuantParams, QuantSpec
@@ -61,15 +62,12 @@ class FineQuantizer(Quantizer):
 
     def gradients(self, grad: Tensor, groups: Tensor, params: QuantParams, spec: QuantSpec) -> Gradients:
         """Pass gradients inside the range; clamped weights move only scale and zero point (LSQ, LSQ+)."""
-        scale, zero, top = params.scale.float().unsqueeze(-1), _zero(params, spec), _grid(spec).max_code
-        steps = groups / scale
-        codes = (steps + zero).round_()
-        inside = (codes >= 0) & (codes <= top)
-        offset = codes.clamp_(0, top) - zero
-        grad_scale = (grad * torch.where(inside, offset - steps, offset)).sum(-1)
-        weight = torch.where(inside, grad, 0.0)
-        grad_zero_point = (grad - weight).sum(-1) * scale.squeeze(-1) * -_grid(spec).zero_step
-        return Gradients(weight, grad_scale, zero_point=grad_zero_point)
+        grid, zero, scale = _grid(spec), _zero(params, spec), params.scale.float()
+        steps = groups / scale.unsqueeze(-1)
+        weight, to_scale, _, to_zero, _ = even_gradients(
+            grad, steps, (steps + zero).round_(), zero, scale, grid.max_code
+        )
+        return Gradients(weight, to_scale, zero_point=None if to_zero is None else to_zero * grid.zero_step)
 
     def add_range_gradient(
         self,
@@ -81,10 +79,11 @@ class FineQuantizer(Quantizer):
     ) -> None:
         """Follow the scale to the extreme weights: to both, or to the one that sets it alone."""
         low, low_index, high, high_index = sweeps.extremes(groups)
-        place = _place(low.clamp(max=0), high.clamp(min=0), spec)
-        is_above = high.clamp(min=0) / place.above >= -low.clamp(max=0) / place.below
-        to_high = torch.where(place.is_far, torch.where(is_above, grads.scale / place.above, 0.0), _each(grads, spec))
-        to_low = torch.where(place.is_far, torch.where(is_above, 0.0, grads.scale / place.below), _each(grads, spec))
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        place, both = _place(low, high, spec), grads.scale / _grid(spec).max_code
+        is_above = high / place.above >= -low / place.below
+        to_high = torch.where(place.is_far, torch.where(is_above, grads.scale / place.above, 0.0), both)
+        to_low = torch.where(place.is_far, torch.where(is_above, 0.0, grads.scale / place.below), both)
         # an extreme on the wrong side of zero is not the end of the range
         add_at_extreme(grads.weight, high_index, torch.where(high > 0, to_high, 0.0))
         add_at_extreme(grads.weight, low_index, torch.where(low < 0, -to_low, 0.0))
@@ -98,9 +97,7 @@ def _grid(spec: QuantSpec) -> FineGrid:
 
 def zero_of(zero_point: Tensor, grid: Grid) -> Tensor:
     """Where zero lies, in steps of the weights' codes: what stored zero points of a grid stand for, fp32 and exact."""
-    if isinstance(grid, FineGrid):
-        return zero_point.float() * grid.zero_step + grid.first_zero
-    return zero_point.float()
+    return zero_point.float() * grid.zero_step + grid.first_zero
 
 
 def _zero(params: QuantParams, spec: QuantSpec) -> Tensor:
@@ -108,10 +105,6 @@ def _zero(params: QuantParams, spec: QuantSpec) -> Tensor:
     if params.zero_point is None:
         raise TypeError("grid 'int_fine' needs zero points")
     return zero_of(params.zero_point, _grid(spec)).unsqueeze(-1)
-
-
-def _each(grads: Gradients, spec: QuantSpec) -> Tensor:
-    return grads.scale / _grid(spec).max_code
 
 
 def _place(low: Tensor, high: Tensor, spec: QuantSpec) -> _Place:

@@ -64,8 +64,12 @@ def test_every_mix_starts_from_the_same_student(
 
 def test_long_prompts_are_left_out(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(data_mix.conversations(folder / "chats.jsonl")) == 12
-    monkeypatch.setattr(data_mix.Bench, "_own", lambda self, chats: [])
     seen: list[Any] = []
-    monkeypatch.setattr(data_mix.Bench, "row", lambda self, shares: seen.append(self.sources) or {"tokens": 0})
+
+    def row(self: data_mix.Bench, shares: dict[str, float]) -> dict[str, Any]:
+        seen.append({name: self.source(name) for name in ("plain", "chat")})
+        return {"tokens": 0}
+
+    monkeypatch.setattr(data_mix.Bench, "row", row)
     run(folder, monkeypatch, "plain")
     assert len(seen[0]["chat"]) == 11
