@@ -35,7 +35,7 @@ from benchmarks._arms import CHUNKS, MIN_MAX, SEQ_LEN, Arm
 from benchmarks._results import figure, table
 from bitdistiller_peft import calibrate, evaluate_tasks
 from bitdistiller_peft.calibration.clip import FACTORS
-from bitdistiller_peft.recipes.best import BLOCK_RATES, END_RATES, FEW_FACTORS
+from bitdistiller_peft.recipes.best import BLOCK_RATES, END_RATES, FEW_FACTORS, OBJECTIVE, WIDE_FACTORS
 
 BLOCK_SEQ_LEN, BLOCK_BATCH = 128, 2
 KL_CHUNKS = 10
@@ -47,23 +47,19 @@ OURS, FINER_BLOCKS = BLOCK_RATES[2], BLOCK_RATES[3]
 # many small steps: half of the tokens then bring a block as far as long windows in pairs do
 STEPS = {"seq_len": 64, "batch_size": 1}
 SHORT = {**OURS, **STEPS, "factors": FEW_FACTORS}
-BLOCKS = {**OURS, **STEPS, "look_ahead": 1}
+NARROW_BLOCKS = {**OURS, **STEPS, "look_ahead": 1}
+BLOCKS = {**NARROW_BLOCKS, "factors": WIDE_FACTORS}
 FINER = {**FINER_BLOCKS, **STEPS, "look_ahead": 1}
 STAGES = (("q_proj", "k_proj"), ("v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj"))
 PUBLISHED_BLOCK = {"clip_search": False, "loss": "mse"}
 GENTLE = {"loss_type": "cakld", "learning_rate": 1e-5, "warmup_ratio": 0.1}
 # most of the tokens end to end, in many small steps, with rates that move codes
-END_TO_END = {
-    "loss_type": "forward_kl",
-    **END_RATES[2],
-    "warmup_ratio": 0.2,
-    "seq_len": 128,
-    "step_tokens": 128,
-}
+END_TO_END = {**OBJECTIVE, **END_RATES[2], "warmup_ratio": 0.2, "seq_len": 128, "step_tokens": 128}
 FINER_END = {**END_TO_END, **END_RATES[3]}
+LOGITS_ALONE, FINER_LOGITS_ALONE = {**END_TO_END, "hidden_weight": 0.0}, {**FINER_END, "hidden_weight": 0.0}
 CAKLD = {"loss_type": "cakld"}
 LARGER_STEPS = {
-    **END_TO_END,
+    **LOGITS_ALONE,
     **CAKLD,
     "learning_rate": 5e-4,
     "scale_learning_rate": 5e-4,
@@ -107,16 +103,17 @@ ARMS = {
     "clip-fine": Arm({**MIN_MAX, "grid": "int_fine"}, clip=True, share=0.0),
     # ours on the grid of the others
     "fast-int": Arm(LEARNED, blockwise=(1.0, SHORT), share=0.125),
-    "balanced-int": Arm(LEARNED, blockwise=(0.25, BLOCKS), training=END_TO_END),
-    "balanced-int-cakld": Arm(LEARNED, blockwise=(0.25, BLOCKS), training={**END_TO_END, **CAKLD}),
+    "balanced-int": Arm(LEARNED, blockwise=(0.25, NARROW_BLOCKS), training=LOGITS_ALONE),
+    "balanced-int-cakld": Arm(LEARNED, blockwise=(0.25, NARROW_BLOCKS), training={**LOGITS_ALONE, **CAKLD}),
     # what `balanced` was before, and before that
-    "balanced-half": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, **CAKLD}),
+    "balanced-before": Arm(FINE, blockwise=(0.25, NARROW_BLOCKS), training=LOGITS_ALONE),
+    "balanced-half": Arm(LEARNED, blockwise=(0.5, OURS), training={**LOGITS_ALONE, **CAKLD}),
     "balanced-few-factors": Arm(
-        LEARNED, blockwise=(0.5, {**OURS, "factors": FEW_FACTORS}), training={**END_TO_END, **CAKLD}
+        LEARNED, blockwise=(0.5, {**OURS, "factors": FEW_FACTORS}), training={**LOGITS_ALONE, **CAKLD}
     ),
     "balanced-larger-steps": Arm(LEARNED, blockwise=(0.5, OURS), training=LARGER_STEPS),
     "balanced-gentle": Arm(LEARNED, blockwise=(0.8, OURS), training=GENTLE),
-    "balanced-rates-of-2-bits": Arm(LEARNED, blockwise=(0.5, OURS), training={**END_TO_END, **CAKLD}),
+    "balanced-rates-of-2-bits": Arm(LEARNED, blockwise=(0.5, OURS), training={**LOGITS_ALONE, **CAKLD}),
     # parts of ours taken away
     "balanced-no-look-ahead": Arm(FINE, blockwise=(0.25, {**OURS, **STEPS}), training=END_TO_END),
     "balanced-mse": Arm(FINE, blockwise=(0.25, {**BLOCKS, "loss": "mse"}), training=END_TO_END),
@@ -125,10 +122,11 @@ ARMS = {
     "balanced-end-to-end-only": Arm(FINE, clip=True, training=END_TO_END),
     "balanced-blockwise-only": Arm(FINE, blockwise=(1.0, BLOCKS)),
     "balanced-cakld": Arm(FINE, blockwise=(0.25, BLOCKS), training={**END_TO_END, **CAKLD}),
+    "balanced-no-hidden": Arm(FINE, blockwise=(0.25, BLOCKS), training=LOGITS_ALONE),
+    "balanced-narrow-factors": Arm(FINE, blockwise=(0.25, NARROW_BLOCKS), training=END_TO_END),
     "balanced-no-awq": Arm(FINE, blockwise=(0.25, FINER), training=FINER_END),
     # parts added: stages and finer widths see the same windows again, each time anew
     "balanced-three-ahead": Arm(FINE, blockwise=(0.25, {**BLOCKS, "look_ahead": 3}), training=END_TO_END),
-    "balanced-hidden": Arm(FINE, blockwise=(0.25, BLOCKS), training={**END_TO_END, "hidden_weight": 1.0}),
     "balanced-staged": Arm(FINE, blockwise=(0.25, {**BLOCKS, "stages": STAGES}), training=END_TO_END),
     "balanced-soft": Arm(FINE, blockwise=(0.25, {**BLOCKS, "rounding": "soft"}), training=END_TO_END),
     "balanced-progressive": Arm(FINE, blockwise=(0.25, {**BLOCKS, "progressive_bits": (4,)}), training=END_TO_END),
@@ -157,10 +155,15 @@ ARMS = {
 OF_WIDTH = {  # in place of those above
     3: {
         "balanced": Arm(FINE, method="awq", blockwise=(0.25, FINER), training=FINER_END),
-        "balanced-int": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training=FINER_END),
-        "balanced-half": Arm(LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training={**FINER_END, **CAKLD}),
+        "balanced-before": Arm(FINE, method="awq", blockwise=(0.25, FINER), training=FINER_LOGITS_ALONE),
+        "balanced-int": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training=FINER_LOGITS_ALONE),
+        "balanced-half": Arm(
+            LEARNED, method="awq", blockwise=(0.5, FINER_BLOCKS), training={**FINER_LOGITS_ALONE, **CAKLD}
+        ),
         "balanced-cakld": Arm(FINE, method="awq", blockwise=(0.25, FINER), training={**FINER_END, **CAKLD}),
-        "balanced-int-cakld": Arm(LEARNED, method="awq", blockwise=(0.25, FINER), training={**FINER_END, **CAKLD}),
+        "balanced-int-cakld": Arm(
+            LEARNED, method="awq", blockwise=(0.25, FINER), training={**FINER_LOGITS_ALONE, **CAKLD}
+        ),
     },
 }
 NOT_BY_DEFAULT = tuple(

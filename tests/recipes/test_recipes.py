@@ -66,6 +66,14 @@ def test_three_bits_are_trained_more_gently_than_two_and_scaled_first() -> None:
         assert recipe.training.keys() == two.training.keys()
 
 
+def test_hidden_states_are_compared_where_the_teacher_surely_has_them() -> None:
+    assert get_recipe("best-2bit").training["hidden_weight"] > 0
+    assert get_recipe("best-2bit", teacher="self").training["hidden_weight"] > 0
+    for teacher in ("cached", "someone/larger-model"):
+        assert get_recipe("best-2bit", teacher=teacher).training["hidden_weight"] == 0
+    assert get_recipe("best-2bit", teacher="cached", hidden_weight=0.5).training["hidden_weight"] == 0.5
+
+
 @pytest.mark.parametrize("preset", ["balanced", "max"])
 def test_three_quarters_of_the_tokens_are_spent_end_to_end(preset: str) -> None:
     recipe = get_recipe("best-2bit", preset)
