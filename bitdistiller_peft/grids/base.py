@@ -24,6 +24,11 @@ class Grid:
         return 1 << self.bits
 
     @property
+    def reach(self) -> float:
+        """Half the distance of the outermost levels, in scales: how far they move where a scale grows by 1."""
+        return 1.0
+
+    @property
     def has_zero_point(self) -> bool:
         """Whether every group stores a zero point of its own."""
         return False
@@ -65,6 +70,11 @@ class AffineGrid(Grid):
         return self.num_levels - 1
 
     @property
+    def reach(self) -> float:
+        """Half the distance of the outermost levels, in scales."""
+        return self.max_code / 2
+
+    @property
     def fixed_zero_point(self) -> int | None:
         """The zero point shared by all groups, or `None` where each group has its own."""
         return 1 << (self.bits - 1) if self.is_symmetric else None
@@ -87,6 +97,11 @@ class FineGrid(Grid):
     def max_code(self) -> int:
         """Largest code, inclusive, of weights and of zero points."""
         return self.num_levels - 1
+
+    @property
+    def reach(self) -> float:
+        """Half the distance of the outermost levels, in scales."""
+        return self.max_code / 2
 
     @property
     def zero_step(self) -> float:
@@ -140,6 +155,11 @@ class ResidualGrid(Grid):
     is_tied: bool = False
 
     @property
+    def reach(self) -> float:
+        """Half the distance of the outermost levels, in scales; a second scale moves them apart from the first."""
+        return 1.5 if self.is_tied else 1.0
+
+    @property
     def has_residual_scale(self) -> bool:
         """Whether every group stores a second scale, for what the first one leaves."""
         return not self.is_tied
@@ -156,6 +176,11 @@ class CodebookGrid(Grid):
 
     levels: tuple[float, ...] = ()
     is_symmetric: bool = False
+
+    @property
+    def reach(self) -> float:
+        """Half the distance of the outermost levels, in scales."""
+        return (self.levels[-1] - self.levels[0]) / 2
 
     @property
     def num_levels(self) -> int:

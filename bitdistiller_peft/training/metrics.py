@@ -143,5 +143,12 @@ def trained_weights(model: nn.Module) -> list[tuple[nn.Module, str, QuantSpec]]:
 
 def learned_parameters(model: nn.Module, suffixes: tuple[str, ...]) -> list[nn.Parameter]:
     """The trained companions of quantized weights with one of these suffixes, e.g. `(SCALE, SCALE_NEGATIVE)`."""
-    companions = (companion(module, name, s) for module, name, _ in trained_weights(model) for s in suffixes)
-    return [tensor for tensor in companions if isinstance(tensor, nn.Parameter) and tensor.requires_grad]
+    return [tensor for tensor, _ in learned_companions(model, suffixes)]
+
+
+def learned_companions(model: nn.Module, suffixes: tuple[str, ...]) -> list[tuple[nn.Parameter, QuantSpec]]:
+    """The same, each with the spec of the weight that it belongs to."""
+    companions = [
+        (companion(module, name, suffix), spec) for module, name, spec in trained_weights(model) for suffix in suffixes
+    ]
+    return [(tensor, spec) for tensor, spec in companions if isinstance(tensor, nn.Parameter) and tensor.requires_grad]

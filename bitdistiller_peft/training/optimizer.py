@@ -18,7 +18,7 @@ from bitdistiller_peft.layers import (
     KeptValues,
     iter_quantized,
 )
-from bitdistiller_peft.training.metrics import learned_parameters
+from bitdistiller_peft.training.metrics import learned_companions, learned_parameters
 
 SCALES = (SCALE, SCALE_NEGATIVE, SCALE_RESIDUAL)
 ZERO_POINTS = (ZERO_POINT,)
@@ -41,18 +41,32 @@ def split_groups(
     Args:
         optimizer: fresh, without state.
         model: the student.
-        scale_lr: for scales; None leaves them where they are.
+        scale_lr: for scales, see `_scale_rates`; None for the optimizer's own.
         zero_point_lr: for zero points; None leaves them where they are.
     """
-    for suffixes, rate in ((SCALES, scale_lr), (ZERO_POINTS, zero_point_lr)):
-        chosen = {id(parameter) for parameter in learned_parameters(model, suffixes)}
-        if rate is None or not chosen:
-            continue
+    usual = optimizer.param_groups[0]["lr"]
+    rates = _scale_rates(model, usual if scale_lr is None else scale_lr)
+    if zero_point_lr is not None:
+        rates |= {id(parameter): zero_point_lr for parameter in learned_parameters(model, ZERO_POINTS)}
+    for rate in sorted(set(rates.values()) - {usual}):
         for group in list(optimizer.param_groups):
-            own = [parameter for parameter in group["params"] if id(parameter) in chosen]
+            own = [parameter for parameter in group["params"] if rates.get(id(parameter)) == rate]
             if own:
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in chosen]
+                moved = {id(parameter) for parameter in own}
+                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
                 optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
+
+
+def _scale_rates(model: nn.Module, rate: float) -> dict[int, float]:
+    """The rate of each learned scale, by the id of its tensor.
+
+    An optimizer like Adam moves every scale by about its rate, and a scale moves its outermost levels by its grid's
+    reach times that: at 8 bits 85 times as far as at 2. So the given rate is that of the grid with the least reach, and
+    the others' are smaller in proportion.
+    """
+    scales = [(s, spec.grid.reach) for s, spec in learned_companions(model, SCALES)]
+    least = min((reach for _, reach in scales), default=1.0)
+    return {id(scale): rate * (least / reach) for scale, reach in scales}
 
 
 def recomputes(args: TrainingArguments) -> bool:

@@ -43,6 +43,21 @@ def test_both_scales_of_a_signed_grid_have_the_scales_rate(bases: Path, tmp_path
     assert found == {"weight": 0.01, "weight_scale": 1e-3, "weight_scale_negative": 1e-3}
 
 
+@pytest.mark.parametrize("rate", [1e-3, None])
+@pytest.mark.parametrize(("grid", "bits", "share"), [("int", 2, 3 / 255), ("int_fine", 3, 7 / 255), ("nf", 3, 2 / 255)])
+def test_scales_of_finer_tables_move_outermost_levels_no_further(
+    bases: Path, tmp_path: Path, grid: str, bits: int, share: float, rate: float | None
+) -> None:
+    model = helpers.student(bases, grid=grid, bits=bits, embedding_bits=8)
+    found = groups(helpers.trainer(model, tmp_path, scale_learning_rate=rate, weight_decay=0.1))
+    of_tables = {name: value for name, value in found.items() if "embed" in name}
+    usual = rate or 0.01
+    assert {value for name, value in found.items() if "_scale" in name and name not in of_tables} == {(usual, 0.0)}
+    scales = [value for name, value in of_tables.items() if "_scale" in name]
+    assert scales == [(pytest.approx(usual * share), 0.0)]
+    assert {value for name, value in of_tables.items() if name.endswith("weight")} == {(0.01, 0.1)}
+
+
 def test_without_rates_of_their_own_they_follow_the_weights_but_do_not_decay(bases: Path, tmp_path: Path) -> None:
     run = helpers.trainer(helpers.student(bases, **STUDENT), tmp_path, weight_decay=0.1)
     found = {name.rpartition(".")[2]: value for name, value in groups(run).items()}
