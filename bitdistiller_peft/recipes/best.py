@@ -15,20 +15,9 @@ BLOCK_RATES = {
     3: {"learning_rate": 5e-3, "scale_learning_rate": 3e-3},
 }
 # at 3 bits levels lie half as far apart, and the rates of 2 bits undo what the blocks have learned
-# embeddings in 4 or 8 bits are near the teacher's from the start, and rates of the layers only lead away
 END_RATES = {
-    2: {
-        "learning_rate": 3e-4,
-        "scale_learning_rate": 3e-4,
-        "zero_point_learning_rate": 5e-3,
-        "embedding_learning_rate": 3e-6,
-    },
-    3: {
-        "learning_rate": 5e-5,
-        "scale_learning_rate": 5e-5,
-        "zero_point_learning_rate": 1e-3,
-        "embedding_learning_rate": 5e-7,
-    },
+    2: {"learning_rate": 3e-4, "scale_learning_rate": 3e-4, "zero_point_learning_rate": 5e-3},
+    3: {"learning_rate": 5e-5, "scale_learning_rate": 5e-5, "zero_point_learning_rate": 1e-3},
 }
 # at 2 bits a range had better be much narrower than at 3: each of its ends is tried from 1.00 down to 0.37
 WIDE_FACTORS = tuple(round(1 - 0.07 * i, 2) for i in range(10))

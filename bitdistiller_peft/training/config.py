@@ -73,8 +73,6 @@ class DistillConfig(SFTConfig):
             Where grids differ, as with tables of 8 bits, it is that of the grid whose outermost level is the fewest
             scales from zero; for the others it is smaller in proportion, so that all outermost levels move alike.
         zero_point_learning_rate: learning rate of learned zero points; `None` for `learning_rate`. No weight decay.
-        embedding_learning_rate: learning rate of the weights of embedding and head, where they are trained; `None` for
-            `learning_rate`.
         on_policy_share: share of the steps whose completions the student itself samples, for the teacher to judge.
         on_policy_after: share of the steps that come before the first such one: a second phase.
         on_policy_max_new_tokens: longest completion.
@@ -154,9 +152,6 @@ class DistillConfig(SFTConfig):
     )
     zero_point_learning_rate: float | None = field(
         default=None, metadata={"help": "Learning rate of learned zero points; learning_rate by default."}
-    )
-    embedding_learning_rate: float | None = field(
-        default=None, metadata={"help": "Learning rate of embedding and head; learning_rate by default."}
     )
     on_policy_share: float = field(default=0.0, metadata={"help": "Share of the steps on the student's own samples."})
     on_policy_after: float = field(default=0.0, metadata={"help": "Share of the steps before the first such one."})
@@ -277,7 +272,6 @@ class DistillConfig(SFTConfig):
                 ("learning_rate", self.learning_rate, "1e-5"),
                 ("scale_learning_rate", self.scale_learning_rate, "None for learning_rate"),
                 ("zero_point_learning_rate", self.zero_point_learning_rate, "None for learning_rate"),
-                ("embedding_learning_rate", self.embedding_learning_rate, "None for learning_rate"),
             )
             if value is not None and not 0 <= value < math.inf
         ]

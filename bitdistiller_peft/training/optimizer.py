@@ -1,4 +1,4 @@
-"""Learning rates of their own for scales, zero points, embedding and head; quantizing once per step."""
+"""Learning rates of their own for scales and zero points, no weight decay on either; quantizing once per step."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -19,7 +18,6 @@ from bitdistiller_peft.layers import (
     KeptValues,
     iter_quantized,
 )
-from bitdistiller_peft.training.forward import base_model_of
 from bitdistiller_peft.training.metrics import learned_companions, learned_parameters
 
 SCALES = (SCALE, SCALE_NEGATIVE, SCALE_RESIDUAL)
@@ -34,13 +32,9 @@ def without_learned(model: nn.Module, names: list[str]) -> list[str]:
 
 
 def split_groups(
-    optimizer: torch.optim.Optimizer,
-    model: nn.Module,
-    scale_lr: float | None,
-    zero_point_lr: float | None,
-    embedding_lr: float | None = None,
+    optimizer: torch.optim.Optimizer, model: nn.Module, scale_lr: float | None, zero_point_lr: float | None
 ) -> None:
-    """Move scales, zero points, embedding and head into parameter groups with their own learning rate.
+    """Move scales and zero points into parameter groups with their own learning rate.
 
     Groups are only added at the end, so the first one, whose rate is logged, stays that of the weights.
 
@@ -49,29 +43,18 @@ def split_groups(
         model: the student.
         scale_lr: for scales, see `_scale_rates`; None for the optimizer's own.
         zero_point_lr: for zero points; None leaves them where they are.
-        embedding_lr: for the weights of embedding and head; None leaves them where they are.
     """
     usual = optimizer.param_groups[0]["lr"]
-    zero_points = learned_parameters(model, ZERO_POINTS)
-    rates: dict[int, float] = {}
-    if embedding_lr is not None:
-        rates |= {id(parameter): embedding_lr for parameter in _of_tables(model)}
-    rates |= _scale_rates(model, usual if scale_lr is None else scale_lr)
-    rates |= {id(parameter): usual if zero_point_lr is None else zero_point_lr for parameter in zero_points}
+    rates = _scale_rates(model, usual if scale_lr is None else scale_lr)
+    if zero_point_lr is not None:
+        rates |= {id(parameter): zero_point_lr for parameter in learned_parameters(model, ZERO_POINTS)}
     for rate in sorted(set(rates.values()) - {usual}):
         for group in list(optimizer.param_groups):
             own = [parameter for parameter in group["params"] if rates.get(id(parameter)) == rate]
             if own:
                 moved = {id(parameter) for parameter in own}
                 group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
-                optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": group["weight_decay"]})
-
-
-def _of_tables(model: nn.Module) -> list[nn.Parameter]:
-    """What embedding and head hold."""
-    base = base_model_of(extract_model_from_parallel(model))
-    tables = (base.get_input_embeddings(), base.get_output_embeddings())
-    return [parameter for table in tables if table is not None for parameter in table.parameters()]
+                optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
 
 
 def _scale_rates(model: nn.Module, rate: float) -> dict[int, float]:

@@ -302,13 +302,12 @@ class DistillTrainer(SFTTrainer):
         return without_learned(model, super().get_decay_parameter_names(model))
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """Set up the optimizer, with learning rates of their own for whatever has them."""
+        """Set up the optimizer, with learning rates of their own for scales and zero points where they were given."""
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
         args = self.args
-        rates = (args.scale_learning_rate, args.zero_point_learning_rate, args.embedding_learning_rate)
-        split_groups(optimizer, model or self.model, *rates)
+        split_groups(optimizer, model or self.model, args.scale_learning_rate, args.zero_point_learning_rate)
         return optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:

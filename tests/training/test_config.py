@@ -99,9 +99,7 @@ def test_knobs_of_other_losses_move_the_student(bases: Path, tmp_path: Path, kno
     assert helpers.difference(*(helpers.weights(run.model) for run in runs)) > 0
 
 
-@pytest.mark.parametrize(
-    "rate", ["learning_rate", "scale_learning_rate", "zero_point_learning_rate", "embedding_learning_rate"]
-)
+@pytest.mark.parametrize("rate", ["learning_rate", "scale_learning_rate", "zero_point_learning_rate"])
 @pytest.mark.parametrize("value", [-1e-5, math.nan, math.inf])
 def test_learning_rates_that_cannot_be_are_refused(tmp_path: Path, rate: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"`{rate}` must be finite and not negative"):

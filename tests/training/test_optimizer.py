@@ -58,33 +58,6 @@ def test_scales_of_finer_tables_move_outermost_levels_no_further(
     assert {value for name, value in of_tables.items() if name.endswith("weight")} == {(0.01, 0.1)}
 
 
-@pytest.mark.parametrize(
-    "config",
-    [{"embedding_bits": 8}, {"embedding_bits": 4, "head_bits": 8}, {"train_other": "all"}],
-    ids=["tied", "two tables", "full precision"],
-)
-def test_embedding_and_head_have_a_rate_of_their_own_and_decay(
-    bases: Path, tmp_path: Path, config: dict[str, Any]
-) -> None:
-    is_tied = "head_bits" not in config and "train_other" not in config
-    model = helpers.student(bases, "llama-tied" if is_tied else "llama", **STUDENT, **config)
-    run = helpers.trainer(
-        model,
-        tmp_path,
-        learning_rate=1e-4,
-        weight_decay=0.1,
-        embedding_learning_rate=1e-6,
-        zero_point_learning_rate=1e-2,
-    )
-    found = groups(run)
-    of_tables = {name for name in found if "embed_tokens" in name or "lm_head" in name}
-    weights = {name for name in of_tables if name.endswith("weight")}
-    assert len(weights) == (1 if is_tied else 2)
-    assert {found[name] for name in weights} == {(1e-6, 0.1)}
-    assert {found[name] for name in of_tables if name.endswith("zero_point")} <= {(1e-2, 0.0)}
-    assert {value[0] for name, value in found.items() if "_proj." in name and name.endswith(".weight")} == {1e-4}
-
-
 def test_without_rates_of_their_own_they_follow_the_weights_but_do_not_decay(bases: Path, tmp_path: Path) -> None:
     run = helpers.trainer(helpers.student(bases, **STUDENT), tmp_path, weight_decay=0.1)
     found = {name.rpartition(".")[2]: value for name, value in groups(run).items()}
