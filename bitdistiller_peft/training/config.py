@@ -70,8 +70,8 @@ class DistillConfig(SFTConfig):
         teacher_cache: for `"cached"`, the folder that `cache_teacher` wrote.
         teacher_init_kwargs: passed to `from_pretrained` where the teacher is a path or name.
         scale_learning_rate: learning rate of learned scales; `None` for `learning_rate`. They get no weight decay.
-            Where grids differ, as with tables of 8 bits, it is that of the grid whose outermost level is the fewest
-            scales from zero; for the others it is smaller in proportion, so that all outermost levels move alike.
+            Where grids differ, as with tables of 8 bits, it is that of the coarsest; for finer ones it is smaller, so
+            that their outermost levels move by as many code steps.
         zero_point_learning_rate: learning rate of learned zero points; `None` for `learning_rate`. No weight decay.
         on_policy_share: share of the steps whose completions the student itself samples, for the teacher to judge.
         on_policy_after: share of the steps that come before the first such one: a second phase.

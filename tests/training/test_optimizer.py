@@ -45,7 +45,7 @@ def test_both_scales_of_a_signed_grid_have_the_scales_rate(bases: Path, tmp_path
 
 @pytest.mark.parametrize("rate", [1e-3, None])
 @pytest.mark.parametrize(("grid", "bits", "share"), [("int", 2, 3 / 255), ("int_fine", 3, 7 / 255), ("nf", 3, 2 / 255)])
-def test_scales_of_finer_tables_move_outermost_levels_no_further(
+def test_scales_of_finer_tables_move_outermost_levels_by_no_more_code_steps(
     bases: Path, tmp_path: Path, grid: str, bits: int, share: float, rate: float | None
 ) -> None:
     model = helpers.student(bases, grid=grid, bits=bits, embedding_bits=8)
@@ -54,7 +54,7 @@ def test_scales_of_finer_tables_move_outermost_levels_no_further(
     usual = rate or 0.01
     assert {value for name, value in found.items() if "_scale" in name and name not in of_tables} == {(usual, 0.0)}
     scales = [value for name, value in of_tables.items() if "_scale" in name]
-    assert scales == [(pytest.approx(usual * share), 0.0)]
+    assert scales == [(pytest.approx(usual * share**2), 0.0)]
     assert {value for name, value in of_tables.items() if name.endswith("weight")} == {(0.01, 0.1)}
 
 
