@@ -25,8 +25,11 @@ class Grid:
 
     @property
     def reach(self) -> float:
-        """Half the distance of the outermost levels, in scales: how far they move where a scale grows by 1."""
-        return 1.0
+        """Half the distance of the outermost levels, in scales: how far they move where a scale grows by 1.
+
+        That of levels one scale apart, unless a subclass says otherwise.
+        """
+        return (self.num_levels - 1) / 2
 
     @property
     def has_zero_point(self) -> bool:
@@ -70,11 +73,6 @@ class AffineGrid(Grid):
         return self.num_levels - 1
 
     @property
-    def reach(self) -> float:
-        """Half the distance of the outermost levels, in scales."""
-        return self.max_code / 2
-
-    @property
     def fixed_zero_point(self) -> int | None:
         """The zero point shared by all groups, or `None` where each group has its own."""
         return 1 << (self.bits - 1) if self.is_symmetric else None
@@ -97,11 +95,6 @@ class FineGrid(Grid):
     def max_code(self) -> int:
         """Largest code, inclusive, of weights and of zero points."""
         return self.num_levels - 1
-
-    @property
-    def reach(self) -> float:
-        """Half the distance of the outermost levels, in scales."""
-        return self.max_code / 2
 
     @property
     def zero_step(self) -> float:
@@ -157,7 +150,7 @@ class ResidualGrid(Grid):
     @property
     def reach(self) -> float:
         """Half the distance of the outermost levels, in scales; a second scale moves them apart from the first."""
-        return 1.5 if self.is_tied else 1.0
+        return super().reach if self.is_tied else 1.0
 
     @property
     def has_residual_scale(self) -> bool:

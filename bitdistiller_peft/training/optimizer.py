@@ -52,8 +52,7 @@ def split_groups(
         for group in list(optimizer.param_groups):
             own = [parameter for parameter in group["params"] if rates.get(id(parameter)) == rate]
             if own:
-                moved = {id(parameter) for parameter in own}
-                group["params"] = [parameter for parameter in group["params"] if id(parameter) not in moved]
+                group["params"] = [parameter for parameter in group["params"] if rates.get(id(parameter)) != rate]
                 optimizer.add_param_group({"params": own, "lr": rate, "weight_decay": 0.0})
 
 
